@@ -1,0 +1,41 @@
+"""Metal Shading Language kernels for PyTorch, on CPUs, NVIDIA GPUs and Apple GPUs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from metal_marlin._version import __version__
+
+if TYPE_CHECKING:
+    from metal_marlin.runtime.device_mps import mps_tensor_to_metal_buffer
+    from metal_marlin.runtime.dispatch import dispatch_kernel
+    from metal_marlin.runtime.inline import metal_kernel
+    from metal_marlin.runtime.library import MetalKernelLibrary, get_shader_source
+
+# imported on first use, so that `import metal_marlin` costs little more than nothing
+_HOMES = {
+    "MetalKernelLibrary": "metal_marlin.runtime.library",
+    "get_shader_source": "metal_marlin.runtime.library",
+    "dispatch_kernel": "metal_marlin.runtime.dispatch",
+    "metal_kernel": "metal_marlin.runtime.inline",
+    "mps_tensor_to_metal_buffer": "metal_marlin.runtime.device_mps",
+}
+
+__all__ = [
+    "MetalKernelLibrary",
+    "__version__",
+    "dispatch_kernel",
+    "get_shader_source",
+    "metal_kernel",
+    "mps_tensor_to_metal_buffer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'metal_marlin' has no attribute '{name}'")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,161 @@
+"""Declarations of the commands.
+
+Only declarations live here, so that ``--help`` and ``--version`` answer without importing torch; each command
+imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from metal_marlin._version import __version__
+
+_EXISTING = {"exists": True, "dir_okay": False, "readable": True}
+
+
+class _Group(TyperGroup):
+    """Shows the library's errors as one line: they are written for users; a traceback is not."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from metal_marlin.errors import MetalMarlinError
+
+        try:
+            return super().invoke(ctx)
+        except (MetalMarlinError, OSError) as error:
+            typer.secho(f"error: {error}", fg="red", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    name="metal-marlin",
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Metal Shading Language kernels for PyTorch on CPUs, NVIDIA GPUs and Apple GPUs.",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"metal-marlin {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Constants = Annotated[
+    list[str] | None, typer.Option("--constant", help="Function constant, NAME=VALUE. Can be repeated.")
+]
+Lanes = Annotated[int | None, typer.Option(help="Threads of a simdgroup on the CPU: 32 or 1.")]
+
+
+@app.command()
+def doctor(json: AsJson = False) -> None:
+    """Check devices, compiler and versions, with a small kernel run on each device.
+
+    Exits with 1 when no device can run a kernel.
+    """
+    from metal_marlin.cli import doctor as command
+
+    raise typer.Exit(command.run(as_json=json))
+
+
+@app.command()
+def kernels(
+    json: AsJson = False,
+    audit: Annotated[
+        Path | None,
+        typer.Option(help="File of names, one a line; exit with 1 if any is not a kernel here.", **_EXISTING),
+    ] = None,
+) -> None:
+    """List the kernels that ship with the package, and what each belongs to."""
+    from metal_marlin.cli import kernels as command
+
+    raise typer.Exit(command.run(as_json=json, audit=audit))
+
+
+@app.command("compile")
+def compile_(
+    target: Annotated[list[str], typer.Option(help="cpu, cpu:x86-64-v3+avx512f, cuda:sm_90a … Can be repeated.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Cache directory to fill.")],
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help=".metal files; without any, those that ship with the package.", **_EXISTING),
+    ] = None,
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(help="Compile only this kernel. Can be repeated."),
+    ] = None,
+    constant: Constants = None,
+    lanes: Lanes = None,
+) -> None:
+    """Compile kernels ahead of time, for machines without a compiler.
+
+    There, set METAL_MARLIN_ROWS to the directory.
+    """
+    from metal_marlin.cli import compile as command
+
+    raise typer.Exit(command.run(target, out, files or [], kernel or [], constant or [], lanes))
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete every compiled kernel.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Show where compiled kernels are kept and how large they are."""
+    from metal_marlin.cli import cache as command
+
+    command.run(clear=clear, as_json=json)
+
+
+@app.command()
+def run(
+    file: Annotated[Path, typer.Argument(help="The .metal file.", **_EXISTING)],
+    kernel: Annotated[str, typer.Option(help="Kernel to launch; may be left out if there is one.")] = "",
+    threads: Annotated[str, typer.Option(help="Threads in all: 1000 or 64,32,1.")] = "",
+    threadgroups: Annotated[str, typer.Option(help="Threadgroups, instead of --threads.")] = "",
+    threads_per_threadgroup: Annotated[str, typer.Option(help="Threads in a threadgroup: 256 or 16,16.")] = "",
+    arg: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE: n=5, a=0.5, x=randn:4x256:float16, y=zeros:1024, x=data.npy. Repeat."),
+    ] = None,
+    threadgroup_memory: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=BYTES of a threadgroup pointer argument. Repeat."),
+    ] = None,
+    constant: Constants = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.")] = None,
+    lanes: Lanes = None,
+    seed: Annotated[int, typer.Option(help="Seed of rand, randn and randint.")] = 0,
+    save: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FILE.npy: store a tensor after the run. Repeat."),
+    ] = None,
+) -> None:
+    """Run one kernel of a .metal file and summarise the tensors it was given."""
+    from metal_marlin.cli import run as command
+
+    options = command.Options(
+        file, kernel, threads, threadgroups, threads_per_threadgroup, arg or [], threadgroup_memory or [], constant or [],
+        device, lanes, seed, save or [],
+    )  # fmt: skip
+    command.run(options)
+
+
+def main() -> None:
+    """Entry point of the ``metal-marlin`` script."""
+    app()

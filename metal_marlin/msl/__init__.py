@@ -1,0 +1,1 @@
+"""Metal Shading Language through clang: reflection, rewriting, entries and compilation."""

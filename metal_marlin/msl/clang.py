@@ -1,0 +1,162 @@
+"""clang as a subprocess: finding it, its flags, preprocessing, compiling a row to a shared object or to PTX."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from metal_marlin.errors import CompilerNotFound, MetalCompileError
+from metal_marlin.msl.target import Target
+
+_ENV = "METAL_MARLIN_CLANG"
+_OLDEST = 17
+_INSTALL = "install one with: pip install 'metal-marlin[compiler]' (or set METAL_MARLIN_CLANG to a clang >= 17)"
+_TIMEOUT = 120
+_LANGUAGE = ("-x", "cl", "-cl-std=clc++2021", "-cl-no-stdinc", "-Xclang", "-cl-ext=+all", "-fdeclspec")
+_COMMON = (
+    *_LANGUAGE,
+    "-cl-single-precision-constant",
+    "-Wall",
+    "-Wno-unused-const-variable",
+    "-Wno-unused-variable",
+    "-Wno-unused-function",
+    "-Wno-duplicate-decl-specifier",
+    "-Wno-unknown-pragmas",
+    "-fno-caret-diagnostics",
+    "-fno-ident",
+    "-mllvm",
+    "-inline-threshold=100000",
+)
+# vectorise without deleting NaN checks (-ffast-math would)
+_CPU_MATHS = (
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-fassociative-math",
+    "-ffp-contract=fast",
+    "-Xclang",
+    "-ffloat16-excess-precision=none",
+)
+
+
+def flags(target: Target) -> tuple[str, ...]:
+    """Compiler flags of a target; part of every cache key."""
+    if target.kind == "cuda":
+        arch = ("-Xclang", "-target-cpu", "-Xclang", target.arch, "-Xclang", "-target-feature", "-Xclang", "+ptx80")
+        short = ("-Xclang", "-fcuda-short-ptr", "-mllvm", "-nvptx-short-ptr")  # threadgroup addresses in 32 bits
+        return (*_COMMON, "-target", "nvptx64-nvidia-cuda", *arch, *short, "-O3")
+    machine = "aarch64" if target.arch == "aarch64" else "x86_64"
+    level = () if target.arch == "aarch64" else ("-Xclang", "-target-cpu", "-Xclang", target.arch)
+    features = tuple(w for f in target.features for w in ("-Xclang", "-target-feature", "-Xclang", f))
+    vectors = ("-mprefer-vector-width=512",) if target.arch == "x86-64-v4" else ()
+    return (
+        *(*_COMMON, "-target", f"{machine}-linux-gnu", *level, *features, *vectors),
+        *("-O2", "-fPIC", "-fno-stack-protector", "-fno-asynchronous-unwind-tables", *_CPU_MATHS),
+    )
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A clang. `command` runs it, `linker` runs its ld.lld; `tag` names kind and version in cache entries."""
+
+    command: tuple[str, ...]
+    linker: tuple[str, ...]
+    tag: str
+
+    def preprocess(self, text: str, target: Target, defines: Mapping[str, str]) -> str:
+        """The text with macros expanded as `target` sees them, line markers kept."""
+        return self._run((*self.command, "-E", *flags(target), *_macros(defines), "-"), text, "").stdout
+
+    def compile(self, text: str, target: Target, *, defines: Mapping[str, str], stdlib_dir: Path, name: str) -> bytes:
+        """A shared object (cpu) or PTX text (cuda). Raises MetalCompileError with the .metal file and line."""
+        with tempfile.TemporaryDirectory(prefix="metal-marlin-") as folder:
+            out = Path(folder) / ("row.ptx" if target.kind == "cuda" else "row.o")
+            mode = "-S" if target.kind == "cuda" else "-c"
+            words = [*flags(target), *_macros(defines), "-I", str(stdlib_dir), mode, "-", "-o", str(out)]
+            self._run((*self.command, *words), text, name)
+            if target.kind == "cpu":
+                shared = out.with_suffix(".so")
+                self._run((*self.linker, "-shared", "--hash-style=gnu", "-s", str(out), "-o", str(shared)), "", name)
+                out = shared
+            return out.read_bytes()
+
+    def _run(self, words: Sequence[str], text: str, name: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "LC_ALL": "C"}
+        try:
+            done = subprocess.run(words, input=text, capture_output=True, text=True, timeout=_TIMEOUT, env=env)
+        except subprocess.TimeoutExpired:
+            raise MetalCompileError(f"kernel '{name}': the compiler took more than {_TIMEOUT} s") from None
+        except OSError as error:
+            raise CompilerNotFound(f"cannot run {words[0]}: {error}; {_INSTALL}") from None
+        if done.returncode:
+            raise MetalCompileError(_readable(done.stderr, name))
+        return done
+
+
+def _macros(defines: Mapping[str, str]) -> list[str]:
+    return [f"-D{name}={value}" for name, value in defines.items()]
+
+
+def _readable(stderr: str, name: str) -> str:
+    """The compiler's words without our own macros and the temporary file."""
+    lines = [line for line in stderr.splitlines() if not re.match(r"\d+ (error|warning)s? generated", line)]
+    errors = [line for line in lines if "error:" in line] or lines
+    head = f"kernel '{name}' does not compile" if name else "the source does not preprocess"
+    return "\n  ".join([f"{head}: {errors[0] if errors else 'unknown error'}", *lines])
+
+
+@functools.lru_cache(maxsize=8)
+def _probe(path: str) -> Compiler | None:
+    """A system clang, if it is new enough, has NVPTX, and finds a linker."""
+    try:
+        text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=_TIMEOUT).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"clang version (\d+)\.(\d+)\.(\d+)", text)
+    linker = shutil.which("ld.lld", path=os.pathsep.join([str(Path(path).resolve().parent), os.environ.get("PATH", "")]))
+    if found is None or int(found[1]) < _OLDEST or linker is None:
+        return None
+    return Compiler((path,), (linker,), f"clang-{found[1]}.{found[2]}.{found[3]}")
+
+
+def _ziglang() -> Compiler | None:
+    spec = importlib.util.find_spec("ziglang")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    zig = Path(spec.submodule_search_locations[0]) / ("zig.exe" if os.name == "nt" else "zig")
+    if not zig.is_file():
+        return None
+    version = importlib.metadata.version("ziglang")
+    return Compiler((str(zig), "clang"), (str(zig), "ld.lld"), f"zig-{version}")
+
+
+def find_compiler() -> Compiler:
+    """METAL_MARLIN_CLANG, else the ziglang wheel, else a system clang >= 17 with lld.
+
+    Raises CompilerNotFound saying what to install; a METAL_MARLIN_CLANG that does not work is an error, not skipped.
+    """
+    chosen = os.environ.get(_ENV)
+    if chosen:
+        compiler = _probe(shutil.which(chosen) or chosen)
+        if compiler is None:
+            raise CompilerNotFound(f"{_ENV}={chosen} is not a working clang >= {_OLDEST} with ld.lld beside it or on PATH")
+        return compiler
+    compiler = _ziglang()
+    if compiler is None:
+        for name in ("clang", *(f"clang-{v}" for v in range(30, _OLDEST - 1, -1))):
+            path = shutil.which(name)
+            compiler = _probe(path) if path else None
+            if compiler is not None:
+                break
+    if compiler is None:
+        raise CompilerNotFound(f"no compiler for Metal kernels; {_INSTALL}")
+    return compiler

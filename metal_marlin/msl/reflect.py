@@ -1,0 +1,391 @@
+"""Kernels, structs and function constants of an expanded MSL text: names, buffer order, const-ness, attributes.
+
+Only what the text says is read here; element types and sizes come from the compiler (see entry.py).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from metal_marlin.errors import MetalCompileError
+from metal_marlin.msl.lexer import Source
+
+# every compute-kernel position attribute of the Metal Shading Language specification (section 5.2.3.6)
+POSITIONS = frozenset(
+    """dispatch_quadgroups_per_threadgroup dispatch_simdgroups_per_threadgroup dispatch_threads_per_threadgroup
+    grid_origin grid_size quadgroup_index_in_threadgroup quadgroups_per_threadgroup simdgroup_index_in_threadgroup
+    simdgroups_per_threadgroup thread_execution_width thread_index_in_quadgroup thread_index_in_simdgroup
+    thread_index_in_threadgroup thread_position_in_grid thread_position_in_threadgroup threadgroup_position_in_grid
+    threadgroups_per_grid threads_per_grid threads_per_simdgroup threads_per_threadgroup""".split()
+)
+
+
+@dataclass(frozen=True)
+class Param:
+    """One kernel parameter. `role`: buffer, value (`constant T&`), threadgroup or position."""
+
+    name: str
+    role: str
+    type: str  # as written, attributes removed
+    const: bool = False
+    index: int = -1  # buffer or threadgroup index; -1 for a position
+    position: str = ""
+    condition: str = ""  # function constant that enables the parameter
+    struct: str = ""  # name of the struct it points to, when that struct is in the text
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One entry point: `name` is what the host asks for, `callee` the C++ expression that is called."""
+
+    name: str
+    callee: str
+    params: tuple[Param, ...]
+    file: str
+    line: int
+    max_threads: int | None = None
+
+    @property
+    def bound(self) -> tuple[Param, ...]:
+        """Buffers and values in declaration order: what the caller passes."""
+        return tuple(p for p in self.params if p.role in ("buffer", "value"))
+
+    @property
+    def dynamic(self) -> tuple[Param, ...]:
+        """`[[threadgroup(n)]]` arguments, in declaration order."""
+        return tuple(p for p in self.params if p.role == "threadgroup")
+
+
+@dataclass(frozen=True)
+class FunctionConstant:
+    name: str
+    index: int
+    type: str
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the host may know about a text without compiling it."""
+
+    kernels: dict[str, Kernel]
+    structs: dict[str, tuple[str, ...]]  # name -> field paths
+    constants: tuple[FunctionConstant, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kernels": [asdict(k) for k in self.kernels.values()],
+            "structs": self.structs,
+            "constants": [asdict(c) for c in self.constants],
+        }
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Program:
+        kernels = [Kernel(**{**k, "params": tuple(Param(**p) for p in k["params"])}) for k in data["kernels"]]
+        return Program(
+            {k.name: k for k in kernels},
+            {name: tuple(fields) for name, fields in data["structs"].items()},
+            tuple(FunctionConstant(**c) for c in data["constants"]),
+        )
+
+
+@dataclass
+class Definition:
+    """Where a kernel function stands in the token list; used by the rewriter too."""
+
+    first: int  # first token of the declaration
+    name: int  # token of the function's name
+    lparen: int
+    body: int  # token of `{`
+    template: bool
+
+
+class Reflection:
+    """Walks a source once and keeps what rewriting and entry generation need."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.definitions: dict[str, Definition] = {}
+        self.instantiations: list[tuple[int, int]] = []  # token ranges, to be removed
+        self._structs: dict[str, list[tuple[str, str]]] = {}
+        self._constants: list[FunctionConstant] = []
+        self._kernels: dict[str, Kernel] = {}
+        self._rows: list[tuple[str, str, str, int]] = []  # host name, function, arguments, token
+        self._walk(0, len(source), "")
+        self._instantiate()
+        self.program = Program(self._kernels, self._flat_structs(), tuple(self._constants))
+
+    def _walk(self, i: int, end: int, scope: str) -> None:
+        src = self.source
+        while i < end:
+            start = i
+            if src.at(i) in (";", "}"):
+                i += 1
+                continue
+            if src.at(i) == "namespace" or (src.at(i) == "inline" and src.at(i + 1) == "namespace"):
+                i = self._namespace(i, scope)
+                continue
+            if src.at(i) == "extern" and src.at(i + 2) == "{":
+                self._walk(i + 3, src.match[i + 2], scope)
+                i = src.match[i + 2] + 1
+                continue
+            i, body = self._declaration_end(i, end)
+            self._declaration(start, i, body, scope)
+
+    def _namespace(self, i: int, scope: str) -> int:
+        src, name = self.source, ""
+        while src.at(i) not in ("{", ";", "="):
+            if src.is_name(i) and src.at(i) not in ("namespace", "inline"):
+                name += src.at(i) + "::"
+            i += 1
+        if src.at(i) != "{":
+            while src.at(i) != ";":
+                i += 1
+            return i + 1
+        self._walk(i + 1, src.match[i], scope + name)
+        return src.match[i] + 1
+
+    def _declaration_end(self, i: int, end: int) -> tuple[int, int | None]:
+        """Index past the declaration at i, and of the `{` of a function body if that ends it."""
+        src, assigned = self.source, False
+        while i < end:
+            text = src.at(i)
+            if text == ";":
+                return i + 1, None
+            if text == "=":
+                assigned = True
+            if text == "{":
+                closed = src.match[i]
+                before = src.at(i - 1)
+                if not assigned and (before in (")", "const", "noexcept") or self._ends_attribute(i - 1)):
+                    return closed + 1, i
+                i = closed
+            elif text in "([":
+                i = src.match[i]
+            i += 1
+        return end, None
+
+    def _ends_attribute(self, i: int) -> bool:
+        return self.source.at(i) == "]" and self.source.is_attribute(self.source.match[i])
+
+    def _declaration(self, first: int, last: int, body: int | None, scope: str) -> None:
+        src = self.source
+        words = {src.at(j) for j in range(first, body or last)}
+        head = next((src.at(j) for j in range(first, last) if src.at(j) in "({"), "")
+        if body is None and head == "{" and words & {"struct", "class", "union"}:
+            self._struct(first, last)
+        elif "kernel" in words or "host_name" in words:
+            if body is not None:
+                self._definition(first, body, scope)
+            elif src.at(first) == "template" and src.at(first + 1) != "<":
+                self._instantiation(first, last, scope)
+        elif "function_constant" in words and body is None:
+            self._function_constant(first, last)
+        elif words & {"vertex", "fragment"} and body is not None:
+            raise MetalCompileError(f"{src.where(first)}: only compute kernels are supported, not graphics functions")
+
+    def _attributes(self, first: int, last: int) -> dict[str, str]:
+        """Attributes in [first, last): name -> argument text."""
+        src, found, i = self.source, {}, first
+        while i < last:
+            if src.is_attribute(i):
+                for a, b in src.split(i + 2, src.match[i + 1]):
+                    name_end = next((j for j in range(a, b) if src.at(j) == "("), b)
+                    argument = src.slice(name_end + 1, b - 1) if name_end < b else ""
+                    found[src.slice(a, name_end)] = argument
+                i = src.match[i]
+            i += 1
+        return found
+
+    def _definition(self, first: int, body: int, scope: str) -> None:
+        src, i = self.source, first
+        template = src.at(first) == "template"
+        if template:
+            closed = src.close_angle(first + 1)
+            if closed is None:
+                raise MetalCompileError(f"{src.where(first)}: cannot read the template parameters of this kernel")
+            i = closed + 1
+        while i < body and not (src.is_name(i) and src.at(i + 1) == "("):
+            i = src.match[i] + 1 if src.at(i) in "([" else i + 1
+        if i >= body:
+            raise MetalCompileError(f"{src.where(first)}: cannot find the name of this kernel")
+        name = scope + src.at(i)
+        self.definitions[name] = Definition(first, i, i + 1, body, template)
+        if not template:
+            attributes = self._attributes(first, i)
+            self._add(attributes.get("host_name", "").strip('"') or src.at(i), name, "", i)
+
+    def _instantiation(self, first: int, last: int, scope: str) -> None:
+        src = self.source
+        self.instantiations.append((first, last))
+        i, found = first, None
+        while i < last:
+            if src.is_attribute(i) or src.at(i) == "decltype":
+                i = src.match[i if src.at(i) == "[" else i + 1] + 1
+                continue
+            closed = src.close_angle(i + 1) if src.is_name(i) and src.at(i + 1) == "<" else None
+            if closed is not None and src.at(closed + 1) in ("(", ";"):
+                found = (i, closed)
+                break
+            i += 1
+        if found is None:
+            raise MetalCompileError(f"{src.where(first)}: cannot read this kernel instantiation")
+        start = found[0]
+        while src.at(start - 1) == "::":
+            start -= 2
+        function = scope + src.slice(start, found[0] + 1).replace(" ", "")
+        arguments = src.slice(found[0] + 1, found[1] + 1)
+        host = self._attributes(first, last).get("host_name", "").strip('"') or function + arguments.replace(" ", "")
+        self._rows.append((host, function, arguments, found[0]))
+
+    def _instantiate(self) -> None:
+        for host, function, arguments, token in self._rows:
+            if function not in self.definitions:
+                raise MetalCompileError(f"{self.source.where(token)}: no kernel template named '{function}'")
+            self._add(host, function, arguments, token)
+
+    def _add(self, host: str, function: str, arguments: str, token: int) -> None:
+        src, definition = self.source, self.definitions[function]
+        file, line = src.location(token)
+        if host in self._kernels:
+            other = self._kernels[host]
+            raise MetalCompileError(f"{file}:{line}: kernel '{host}' was already defined at {other.file}:{other.line}")
+        limit = self._attributes(definition.first, definition.name).get("max_total_threads_per_threadgroup")
+        limit = limit or self._attributes(src.match[definition.lparen], definition.body).get(
+            "max_total_threads_per_threadgroup"
+        )
+        params = self._params(definition)
+        self._kernels[host] = Kernel(host, function + arguments, params, file, line, _integer(limit))
+
+    def _params(self, definition: Definition) -> tuple[Param, ...]:
+        src = self.source
+        first, last = definition.lparen + 1, src.match[definition.lparen]
+        parts = src.split(first, last)
+        if src.slice(first, last) in ("", "void"):
+            return ()
+        params = [self._param(a, b) for a, b in parts]
+        return tuple(_number(params, src.where(definition.name)))
+
+    def _param(self, a: int, b: int) -> tuple[Param, int | None]:
+        src = self.source
+        attributes = self._attributes(a, b)
+        plain = [j for j in range(a, b) if not any(s <= j <= e for s, e in self._attribute_spans(a, b))]
+        stop = next((k for k, j in enumerate(plain) if src.at(j) == "="), len(plain))
+        plain = plain[:stop]
+        if len(plain) < 2 or not src.is_name(plain[-1]):
+            raise MetalCompileError(f"{src.where(a)}: cannot read kernel parameter '{src.slice(a, b)}'")
+        name, type_text = src.at(plain[-1]), " ".join(src.at(j) for j in plain[:-1])
+        words = type_text.split()
+        position = next((k for k in attributes if k in POSITIONS), "")
+        if position:
+            return Param(name, "position", type_text, position=position), None
+        condition = attributes.get("function_constant", "")
+        slot = _integer(attributes.get("buffer"))
+        if "threadgroup" in words and ("*" in words or "&" in words):
+            return Param(name, "threadgroup", type_text, condition=condition), _integer(attributes.get("threadgroup"))
+        if not ("*" in words or "&" in words) or not {"device", "constant"} & set(words):
+            raise MetalCompileError(
+                f"{src.where(a)}: kernel parameter '{name}' of type '{type_text}' is neither a device, constant or "
+                f"threadgroup pointer or reference nor a thread position; textures and samplers are not supported"
+            )
+        pointee = words[: len(words) - 1 - words[::-1].index("*" if "*" in words else "&")]
+        const = "constant" in words or "const" in pointee
+        role = "value" if "constant" in words and "*" not in words else "buffer"
+        struct = next((w for w in pointee if w in self._structs), "")
+        return Param(name, role, type_text, const, -1, "", condition, struct), slot
+
+    def _attribute_spans(self, a: int, b: int) -> list[tuple[int, int]]:
+        return [(j, self.source.match[j]) for j in range(a, b) if self.source.is_attribute(j)]
+
+    def _function_constant(self, first: int, last: int) -> None:
+        src = self.source
+        argument = self._attributes(first, last).get("function_constant", "")
+        spot = next(j for j in range(first, last) if src.is_attribute(j))
+        words = [src.at(j) for j in range(first, spot - 1) if src.at(j) not in ("constant", "constexpr", "static")]
+        index = _integer(argument)
+        if index is None:
+            raise MetalCompileError(f"{src.where(first)}: function_constant needs an integer index, not '{argument}'")
+        self._constants.append(FunctionConstant(src.at(spot - 1), index, " ".join(words)))
+
+    def _struct(self, first: int, last: int) -> None:
+        src = self.source
+        i = next((j for j in range(first, last) if src.at(j) == "{"), None)
+        if i is None:
+            return
+        key = next(j for j in range(first, i) if src.at(j) in ("struct", "class", "union"))
+        name = next((src.at(j) for j in range(key + 1, i) if src.is_name(j) and src.at(j) not in ("alignas",)), "")
+        if src.at(first) == "typedef" and src.is_name(last - 2):
+            name = src.at(last - 2)
+        fields = [f for a, b in _members(src, i + 1, src.match[i]) for f in _fields(src, a, b)]
+        if name:
+            self._structs[name] = fields
+
+    def _flat_structs(self) -> dict[str, tuple[str, ...]]:
+        def paths(name: str, depth: int) -> list[str]:
+            out: list[str] = []
+            for type_name, field in self._structs.get(name, []):
+                inner = paths(type_name, depth + 1) if type_name in self._structs and depth < 4 else []
+                out += [f"{field}.{p}" for p in inner] or [field]
+            return out
+
+        return {name: tuple(paths(name, 0)) for name in self._structs}
+
+
+def _members(src: Source, i: int, end: int) -> list[tuple[int, int]]:
+    """Data-member declarations of a struct body; methods, aliases and static members are skipped."""
+    found, start = [], i
+    while i < end:
+        text = src.at(i)
+        if text == "{":
+            i = src.match[i]
+            if src.at(i + 1) != ";":
+                start = i + 1
+        elif text == "(":
+            i = src.match[i]
+        elif text == ";":
+            words = [src.at(j) for j in range(start, i)]
+            if words and not {"(", "using", "typedef", "static", "template", "friend", "static_assert"} & set(words):
+                found.append((start, i))
+            start = i + 1
+        elif text == ":" and src.at(i - 1) in ("public", "private", "protected"):
+            start = i + 1
+        i += 1
+    return found
+
+
+def _fields(src: Source, a: int, b: int) -> list[tuple[str, str]]:
+    """(type name, field name) for each declarator of a member declaration."""
+    parts, out, type_name = src.split(a, b), [], ""
+    for n, (s, e) in enumerate(parts):
+        stop = next((j for j in range(s, e) if src.at(j) in ("[", "=", "{", ":")), e)
+        if n == 0:
+            type_name = next((src.at(j) for j in range(stop - 2, s - 1, -1) if src.is_name(j)), "")
+        if src.is_name(stop - 1):
+            out.append((type_name, src.at(stop - 1)))
+    return out
+
+
+def _integer(text: str | None) -> int | None:
+    text = (text or "").strip().rstrip("uUlL")
+    return int(text, 0) if re.fullmatch(r"0[xX][0-9a-fA-F]+|\d+", text) else None
+
+
+def _number(params: list[tuple[Param, int | None]], where: str) -> list[Param]:
+    """Give explicit indices first and the lowest free ones to the rest, as Metal does."""
+    out: list[Param] = []
+    taken: dict[tuple[bool, int], str] = {}
+    for param, slot in params:
+        if param.role == "position" or slot is None:
+            continue
+        key = (param.role == "threadgroup", slot)
+        if key in taken:
+            raise MetalCompileError(f"{where}: parameters '{taken[key]}' and '{param.name}' share index {slot}")
+        taken[key] = param.name
+    for param, slot in params:
+        if param.role != "position" and slot is None:
+            shared = param.role == "threadgroup"
+            slot = next(k for k in range(len(params) + len(taken) + 1) if (shared, k) not in taken)
+            taken[(shared, slot)] = param.name
+        out.append(Param(**{**asdict(param), "index": -1 if slot is None else slot}))
+    return out

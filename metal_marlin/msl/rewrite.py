@@ -1,0 +1,318 @@
+"""Rewrites expanded MSL into what clang's C++ for OpenCL takes, token by token; lines stay where they are.
+
+- `T(…)`, `(T)x` and `static_cast<T>(x)` for vector types and type aliases become `metal::_make` / `metal::_cast`,
+  because clang reads them as comma expressions or bit casts (see metal_types for the two helpers).
+- `constant` becomes `const __generic` in pointer and reference types and `constexpr` in variables.
+- threadgroup variables of a kernel become references into the arena that the entry passes as a hidden first argument.
+- kernels become plain functions, attributes and explicit instantiations go, function constants get their values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from metal_marlin.errors import MetalCompileError
+from metal_marlin.msl.lexer import Edits, Source
+from metal_marlin.msl.reflect import Definition, Reflection
+
+_ELEMENTS = "bool char uchar short ushort int uint long ulong half float bfloat".split()
+VECTORS = frozenset(f"{e}{n}" for e in _ELEMENTS for n in (2, 3, 4))
+_KEPT_ATTRIBUTES = ("maybe_unused", "nodiscard", "fallthrough", "clang", "gnu", "likely", "unlikely", "no_unique_address")
+# words that OpenCL reserves and Metal does not
+_RENAMED = frozenset("global local generic pipe read_only write_only read_write vec_step queue_t event_t".split())
+_NOT_A_CAST = frozenset("sizeof alignof alignas decltype typeid noexcept requires operator if while for switch".split())
+_LOGICAL = ("==", "!=", "<", ">", "<=", ">=", "!", "&&", "||")
+_CAST_AFTER = frozenset("return else case do co_return".split())
+
+
+def rewrite(source: Source, reflection: Reflection, constants: Mapping[str, str]) -> str:
+    """The text as C++ for OpenCL. `constants` maps function-constant names to literals (absent: not set)."""
+    return _Rewriter(source, reflection, constants).run()
+
+
+class _Rewriter:
+    def __init__(self, source: Source, reflection: Reflection, constants: Mapping[str, str]) -> None:
+        self.src = source
+        self.reflection = reflection
+        self.constants = constants
+        self.edits = Edits(source.text)
+        self.types = VECTORS | self._aliases()
+        self.alias_templates = self._alias_templates() | {"vec"}
+
+    def run(self) -> str:
+        for first, last in self.reflection.instantiations:
+            self._span(first, last, "")
+        for definition in self.reflection.definitions.values():
+            self._kernel(definition)
+        for i in range(len(self.src)):
+            self._token(i)
+        return self.edits.apply()
+
+    def _aliases(self) -> frozenset[str]:
+        """Names of `using X =`, `typedef … X;` and template type parameters."""
+        src, names = self.src, set()
+        for i in range(len(src)):
+            text = src.at(i)
+            if text == "using" and src.is_name(i + 1) and src.at(i + 2) == "=":
+                names.add(src.at(i + 1))
+            elif text == "typedef" and src.at(i + 1) not in ("struct", "union", "class", "enum"):
+                j = i
+                while src.at(j) != ";":
+                    j += 1
+                if src.is_name(j - 1):
+                    names.add(src.at(j - 1))
+            elif text in ("typename", "class") and src.is_name(i + 1) and src.at(i + 2) in (",", ">", "="):
+                names.add(src.at(i + 1))
+        return frozenset(names)
+
+    def _alias_templates(self) -> frozenset[str]:
+        src, names = self.src, set()
+        for i in range(len(src)):
+            if src.at(i) == "template" and src.at(i + 1) == "<":
+                closed = src.close_angle(i + 1)
+                if closed is not None and src.at(closed + 1) == "using":
+                    names.add(src.at(closed + 2))
+        return frozenset(names)
+
+    def _span(self, first: int, last: int, text: str) -> None:
+        """Replace tokens first … last-1."""
+        tokens = self.src.tokens
+        self.edits.replace(tokens[first].start, tokens[last - 1].end, text)
+
+    def _token(self, i: int) -> None:
+        src, text = self.src, self.src.at(i)
+        token = src.tokens[i]
+        if token.kind == "name":
+            if text == "kernel":
+                self._span(i, i + 1, "")
+            elif text == "constant":
+                self._constant(i)
+            elif text in _RENAMED:
+                self._span(i, i + 1, f"{text}_")
+            elif text == "is_function_constant_defined" and src.at(i + 1) == "(":
+                self._span(i, src.match[i + 1] + 1, "true" if src.at(i + 2) in self.constants else "false")
+            elif text in ("static_cast", "decltype"):
+                self._named_cast(i)
+            elif text in self.types or text in self.alias_templates:
+                self._type(i)
+        elif token.kind == "number" and text[-2:].lower() == "bf" and not text.lower().startswith("0x"):
+            self._span(i, i + 1, f"((bfloat){text[:-2]}{'' if '.' in text or 'e' in text else '.'}f)")
+        elif src.is_attribute(i) and src.at(i + 2) not in _KEPT_ATTRIBUTES:
+            if src.at(i + 2) == "function_constant" and src.at(src.match[i] + 1) in (";", "="):
+                self._function_constant(i)
+            else:
+                self._span(i, src.match[i] + 1, "")
+
+    # --- address spaces
+
+    def _constant(self, i: int) -> None:
+        src, j = self.src, i + 1
+        while j < len(src):
+            text = src.at(j)
+            if text == "<":
+                closed = src.close_angle(j)
+                if closed is None:
+                    break
+                j = closed
+            elif text in ("*", "&") or text in (">", ",", ")"):
+                self._span(i, i + 1, "const __generic")
+                return
+            elif text in ("=", "[", "{", ";", "("):
+                break
+            j += 1
+        near = {src.at(k) for k in range(max(i - 3, 0), i + 3)}
+        self._span(i, i + 1, "" if "constexpr" in near else "constexpr")
+
+    def _function_constant(self, i: int) -> None:
+        """`constant T name [[function_constant(k)]];` gets its value; the attribute becomes the initialiser."""
+        end = self.src.match[i] + 1
+        value = self.constants.get(self.src.at(i - 1))
+        if value is None:  # unset: only is_function_constant_defined() may look at it, or its own default applies
+            self._span(i, end, "" if self.src.at(end) == "=" else "= {}")
+        elif self.src.at(end) == "=":
+            stop = next(j for j in range(end, len(self.src)) if self.src.at(j) == ";")
+            self._span(i, stop, f"= {value}")
+        else:
+            self._span(i, end, f"= {value}")
+
+    # --- types: constructors and casts
+
+    def _type_start(self, i: int) -> int:
+        """First token of the possibly qualified type name that ends at token i."""
+        src = self.src
+        while src.at(i - 1) == "::":
+            i -= 1
+            if src.at(i - 1) == ">":
+                opened = src.open_angle(i - 1)
+                if opened is None:
+                    break
+                i = opened - 1
+            elif src.is_name(i - 1):
+                i -= 1
+            if src.at(i - 1) == "template":
+                i -= 1
+        return i - 1 if src.at(i - 1) == "typename" else i
+
+    def _type(self, i: int) -> None:
+        src, start, end = self.src, self._type_start(i), i
+        if src.at(i) in self.alias_templates and src.at(i + 1) == "<":
+            closed = src.close_angle(i + 1)
+            if closed is None:
+                return
+            end = closed
+        elif src.at(i) == "vec":
+            return
+        after, before = src.at(end + 1), src.at(start - 1)
+        if after == "(" and before not in ("operator", "~", "class", "struct", "."):
+            self._constructor(start, end)
+        elif after == ")" and before == "(" and self._is_cast(start - 1, end + 1):
+            if src.at(end + 2) == "(":
+                self._check_comma(end + 2)
+                self._truth(end + 2, inside=False)
+            tokens = src.tokens
+            self.edits.replace(tokens[start - 1].start, tokens[start - 1].end, " metal::_cast<")
+            self.edits.replace(tokens[end + 1].start, tokens[end + 1].end, ">{} ->* ")
+
+    def _constructor(self, start: int, end: int) -> None:
+        src, opened = self.src, end + 1
+        closed = src.match[opened]
+        if src.at(opened + 1) in ("&", "*") and src.at(closed + 1) in ("[", "("):
+            return  # declarator: T (&name)[N]
+        if src.at(closed + 1) == "{" and src.at(start - 1) not in ("return", "=", "(", ","):
+            return
+        self.edits.insert(src.tokens[start].start, "metal::_make<")
+        self.edits.insert(src.tokens[end].end, ">")
+        self._truth(opened, inside=True)
+
+    def _truth(self, opened: int, inside: bool) -> None:
+        """A lone operand that may be a comparison: clang's vector comparisons are 0/-1, Metal's are bool vectors."""
+        src, closed = self.src, self.src.match[opened]
+        found, i = False, opened + 1
+        while i < closed:
+            text = src.at(i)
+            if text == ",":
+                return
+            found = found or text in _LOGICAL
+            i = src.match[i] + 1 if text in "([{" else i + 1
+        if not found:
+            return
+        if inside:
+            self.edits.insert(src.tokens[opened].end, "metal::_truth(")
+            self.edits.insert(src.tokens[closed].start, ")")
+        else:
+            self.edits.insert(src.tokens[opened].start, "metal::_truth")
+
+    def _is_cast(self, opened: int, closed: int) -> bool:
+        src = self.src
+        before, after = src.at(opened - 1), src.at(closed + 1)
+        if before in _NOT_A_CAST or before in (")", "]"):
+            return False
+        if src.is_name(opened - 1) and before not in _CAST_AFTER:
+            return False
+        if before == ">" and src.tokens[opened - 1].end == src.tokens[opened].start:
+            return False
+        operand = closed + 1 < len(src) and src.tokens[closed + 1].kind in ("name", "number")
+        return (operand and after not in ("const", "override")) or after in ("(", "-", "+", "~", "!", "*", "&", "::", "++", "--")
+
+    def _check_comma(self, i: int) -> None:
+        src = self.src
+        if len(src.split(i + 1, src.match[i])) > 1 and src.at(src.match[i] + 1) != "(":
+            raise MetalCompileError(
+                f"{src.where(i)}: a comma expression is cast to a vector, which keeps only its last value; "
+                f"write a constructor such as float4(a, b, c, d)"
+            )
+
+    def _named_cast(self, i: int) -> None:
+        """`static_cast<T>(x)` and `decltype(e)(x)` for types that may be vectors."""
+        src = self.src
+        if src.at(i) == "decltype":
+            closed = src.match.get(i + 1, i)
+            if src.at(closed + 1) == "(" and src.at(i - 1) != "operator":
+                self.edits.insert(src.tokens[i].start, "metal::_make<")
+                self.edits.insert(src.tokens[closed].end, ">")
+            return
+        closed_angle = src.close_angle(i + 1)
+        if closed_angle is None:
+            return
+        words = {src.at(j) for j in range(i + 2, closed_angle)}
+        if words & (self.types | self.alias_templates) and not words & {"*", "&"}:
+            self._span(i, i + 1, "metal::_make")
+
+    # --- kernels
+
+    def _kernel(self, definition: Definition) -> None:
+        src, opened = self.src, definition.lparen
+        start = definition.first
+        if definition.template:
+            start = (src.close_angle(start + 1) or start) + 1
+        if src.at(start) not in ("static", "extern"):  # or a copy of the inlined body stays in the object
+            self.edits.insert(src.tokens[start].start, "static ")
+        empty = src.slice(opened + 1, src.match[opened]) in ("", "void")
+        if empty:
+            self._erase_inside(opened)
+        self.edits.insert(src.tokens[opened].end, "__local char* mm_arena" + ("" if empty else ", "))
+        i, count, end = definition.body + 1, 0, "0"
+        while i < src.match[definition.body]:
+            if src.at(i) == "threadgroup" and src.at(i - 1) in ("{", "}", ";"):
+                i, count, end = self._threadgroup(definition, i, count, end)
+            i += 1
+
+    def _erase_inside(self, opened: int) -> None:
+        closed = self.src.match[opened]
+        if closed > opened + 1:
+            self._span(opened + 1, closed, "")
+
+    def _threadgroup(self, definition: Definition, i: int, count: int, end: str) -> tuple[int, int, str]:
+        """Turn the declaration at i into arena references; returns its last token, the next number, the arena's end."""
+        src, stop = self.src, i
+        while src.at(stop) != ";":
+            stop = src.match[stop] + 1 if src.at(stop) in ("(", "[", "{") else stop + 1
+        if any(src.at(j) in ("*", "&") for j in range(i + 1, stop) if self._outside(i, j)):
+            return i, count, end  # a pointer or reference to threadgroup memory
+        layout, local, type_end = "", "", 0
+        for n, (a, b) in enumerate(src.split(i + 1, stop)):
+            name = next((j - 1 for j in range(a, b) if src.at(j) == "[" and src.is_name(j - 1)), b - 1)
+            type_end = type_end or name
+            if "=" in (src.at(j) for j in range(a, b)) or not src.is_name(name) or (n == 0 and name == a):
+                raise MetalCompileError(f"{src.where(i)}: cannot read this threadgroup declaration")
+            kind, offset, after = f"mm_tg{count}_t", f"mm_tg{count}", f"mm_tg{count}_end"
+            layout += f"typedef {src.slice(i + 1, type_end)} {kind} {src.slice(name + 1, b)}; "
+            layout += f"constexpr uint {offset} = mm_align({end}, alignof({kind})), {after} = {offset} + sizeof({kind}); "
+            layout += f"MM_ARENA({after}); "
+            local += f"__local {kind}& {src.at(name)} = *(__local {kind}*)(mm_arena + {offset}); "
+            count, end = count + 1, after
+        anchor = self._statement_start(definition, i)
+        if anchor == i:
+            local = layout + local
+        else:  # the layout of a nested declaration stands where later declarations see it
+            self.edits.insert(src.tokens[anchor].start, layout)
+        self._span(i, stop + 1, local)
+        return stop, count, end
+
+    def _outside(self, i: int, j: int) -> bool:
+        """Whether token j is not inside brackets or template arguments opened after i."""
+        k = i + 1
+        while k < j:
+            text = self.src.at(k)
+            closed = self.src.close_angle(k) if text == "<" else self.src.match[k] if text in ("(", "[", "{") else None
+            if closed is not None and closed > j:
+                return False
+            k = k + 1 if closed is None else closed + 1
+        return True
+
+    def _statement_start(self, definition: Definition, i: int) -> int:
+        """First token of the statement of the kernel's outermost block that contains token i."""
+        src, j, start = self.src, definition.body + 1, definition.body + 1
+        while j < i:
+            text = src.at(j)
+            if text in ("(", "[", "{"):
+                closed = src.match[j]
+                if closed > i:
+                    return start
+                j = closed
+                if text == "{" and src.at(closed + 1) not in ("else", ";", "while", ")", ",", "."):
+                    start = closed + 1
+            elif text == ";":
+                start = j + 1
+            j += 1
+        return i

@@ -1,0 +1,1 @@
+"""Torch ops over the kernels, one module per family."""

@@ -1,0 +1,184 @@
+"""The cpu device: rows as shared objects, threadgroups over torch's own OpenMP pool.
+
+A launch runs to its end before it returns. Any number of Python threads may launch at once: each has its own
+workspace (threadgroup memory and fibre stacks). In a forked child the pool's threads are gone, so kernels run on
+the calling thread there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import os
+import struct
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import torch
+
+from metal_marlin.errors import ArgumentError, DriverError, NoDeviceError
+from metal_marlin.msl.row import CompiledRow, RowMeta
+from metal_marlin.msl.target import Target
+
+_STACK_ALIGN = 256 << 10
+_MAX_THREADS = 1024
+_MAX_GRID = 2**32 - 1
+# args, grid[3], tptg[3], threads[3], arena_bytes, nthreads, gomp, workspace, workspace_stride, next, status
+_LAUNCH = struct.Struct("@P3I3I3IIIPPQII")
+
+
+def probe() -> str | None:
+    """None where this device works, else why not."""
+    if not sys.platform.startswith("linux"):
+        return "the cpu device runs on Linux (x86-64-v3 or aarch64)"
+    try:
+        Target.host_cpu()
+    except NoDeviceError as error:
+        return str(error)
+    return None
+
+
+def target(index: int) -> Target:
+    """The CPU's resolved feature set; `index` is ignored."""
+    return Target.host_cpu()
+
+
+def load(row: CompiledRow, index: int) -> Executable:
+    """Map the row's shared object into the process (from memory, not from a file others could swap)."""
+    return Executable(row)
+
+
+class _Pool:
+    """GOMP_parallel of the libgomp that torch brought along; 0 where there is none, or after a fork."""
+
+    def __init__(self) -> None:
+        self.address = self._find()
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _find(self) -> int:
+        shipped = sorted(Path(torch.__file__).parent.joinpath("lib").glob("libgomp*.so*"))
+        shipped += sorted(Path(torch.__file__).parent.parent.joinpath("torch.libs").glob("libgomp*.so*"))
+        for name in [*map(str, shipped), "libgomp.so.1"]:
+            try:
+                return ctypes.cast(ctypes.CDLL(name).GOMP_parallel, ctypes.c_void_p).value or 0
+            except (OSError, AttributeError):
+                continue
+        return 0
+
+    def _forget(self) -> None:
+        self.address = 0
+
+
+_pool: _Pool | None = None
+_local = threading.local()
+
+
+def _workspace(size: int) -> int:
+    """Address of at least `size` bytes of this thread's workspace, aligned for fibre stacks."""
+    if getattr(_local, "size", -1) < size:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        _local.map = mmap.mmap(-1, size + _STACK_ALIGN, flags=flags)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(_local.map))
+        _local.base = (start + _STACK_ALIGN - 1) // _STACK_ALIGN * _STACK_ALIGN
+        _local.size = size
+    return int(_local.base)
+
+
+def _map(row: CompiledRow) -> ctypes.CDLL:
+    """Load a shared object from memory. dlopen takes a name it has seen for the library it knows, so each is new."""
+    handle = os.memfd_create(f"metal-marlin-{row.name[:200]}")
+    try:
+        with tempfile.TemporaryDirectory(prefix="metal-marlin-") as folder, os.fdopen(handle, "wb") as file:
+            file.write(row.binary)
+            file.flush()
+            link = Path(folder) / "row.so"
+            link.symlink_to(f"/proc/self/fd/{handle}")
+            return ctypes.CDLL(str(link))
+    except OSError as error:
+        raise DriverError(f"kernel '{row.name}': its shared object cannot be loaded: {error}") from None
+
+
+class _Frame(threading.local):
+    """This thread's launch block and argument array for one executable."""
+
+    def __init__(self, slots: int) -> None:
+        self.block = ctypes.create_string_buffer(_LAUNCH.size)
+        self.args = (ctypes.c_void_p * max(slots, 1))()
+        self.block_address = ctypes.addressof(self.block)
+        self.args_address = ctypes.addressof(self.args)
+        self.strides: dict[tuple[object, ...], int] = {}
+
+
+class Executable:
+    """A row mapped into this process."""
+
+    def __init__(self, row: CompiledRow) -> None:
+        global _pool
+        _pool = _pool or _Pool()
+        self.meta: RowMeta = row.meta
+        self._library = _map(row)
+        self._launch = self._library.mm_launch_kernel
+        self._launch.argtypes, self._launch.restype = [ctypes.c_void_p], ctypes.c_int
+        self._bytes = self._library.mm_workspace_bytes
+        self._bytes.argtypes, self._bytes.restype = [ctypes.c_void_p], ctypes.c_uint64
+        self._frame = _Frame(len(row.meta.params) + len(row.meta.dynamic))
+
+    def launch(
+        self,
+        arguments: list[int | bytes],
+        grid: tuple[int, int, int],
+        tptg: tuple[int, int, int],
+        threads: tuple[int, int, int],
+        dynamic: list[int],
+    ) -> None:
+        frame, arena = self._frame, self.meta.threadgroup_bytes
+        args, keep = frame.args, []
+        for i, argument in enumerate(arguments):
+            if isinstance(argument, bytes):
+                argument = _aligned(argument, keep)
+            args[i] = argument
+        for i, size in enumerate(dynamic, len(arguments)):
+            arena = (arena + 15) & ~15
+            args[i] = arena
+            arena += size
+        count = min(torch.get_num_threads(), grid[0] * grid[1] * grid[2])
+        gomp = _pool.address if _pool is not None and count > 1 else 0
+        count = count if gomp else 1
+        head = (frame.args_address, *grid, *tptg, *threads, arena, count, gomp)
+        stride = frame.strides.get((tptg, arena))
+        if stride is None:
+            _LAUNCH.pack_into(frame.block, 0, *head, 0, 0, 0, 0)
+            stride = -(-int(self._bytes(frame.block_address)) // _STACK_ALIGN) * _STACK_ALIGN
+            frame.strides[(tptg, arena)] = stride
+        _LAUNCH.pack_into(frame.block, 0, *head, _workspace(stride * count), stride, 0, 0)
+        status = self._launch(frame.block_address)
+        if status:
+            raise DriverError(
+                f"kernel '{self.meta.name}': no thread of a threadgroup can go on (a barrier or simdgroup function "
+                f"that some threads never reach); status {status}"
+            )
+
+    def check(self, grid: tuple[int, int, int], tptg: tuple[int, int, int]) -> None:
+        """Raise ArgumentError for a grid this device cannot run."""
+        size = math.prod(tptg)
+        if size > _MAX_THREADS:
+            raise ArgumentError(f"threads_per_threadgroup = {tptg} is {size} threads; the limit is {_MAX_THREADS}")
+        if self.meta.lanes == 1 and size != 1:
+            raise ArgumentError(
+                f"kernel '{self.meta.name}' is compiled for 1 lane on the cpu, where a threadgroup is one thread; "
+                f"threads_per_threadgroup is {tptg}"
+            )
+        if math.prod(grid) > _MAX_GRID:
+            raise ArgumentError(f"grid {grid} is {math.prod(grid)} threadgroups; the limit is {_MAX_GRID}")
+
+
+def _aligned(value: bytes, keep: list[object]) -> int:
+    """Address of a 16-byte aligned copy of `value`, alive as long as `keep`."""
+    buffer = ctypes.create_string_buffer(len(value) + 16)
+    keep.append(buffer)
+    address = (ctypes.addressof(buffer) + 15) & ~15
+    ctypes.memmove(address, value, len(value))
+    return address

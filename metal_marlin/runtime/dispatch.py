@@ -1,0 +1,220 @@
+"""dispatch_kernel: bind arguments to a kernel's parameters and launch it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from metal_marlin.errors import ArgumentError
+from metal_marlin.msl.row import ParamMeta
+from metal_marlin.runtime.marshal import accepted_dtypes, check_tensor, pack_type, pack_value
+from metal_marlin.runtime.profiling import launch_traced
+
+if TYPE_CHECKING:
+    from metal_marlin.runtime.library import MetalKernelLibrary
+
+Size = int | Sequence[int]
+Dim3 = tuple[int, int, int]
+_GRIDS_KEPT = 4096
+_MISSING = object()
+
+
+def dispatch_kernel(
+    library: MetalKernelLibrary,
+    name: str,
+    *,
+    threads: Size | None = None,
+    threadgroups: Size | None = None,
+    threads_per_threadgroup: Size,
+    args: Sequence[Any] | Mapping[str, Any] = (),
+    threadgroup_memory: Mapping[str | int, int] | None = None,
+) -> None:
+    """Launch kernel `name` of `library`.
+
+    threads: total threads, 1 to 3 numbers (edge threadgroups are smaller where they do not divide), or
+    threadgroups: number of threadgroups. threads_per_threadgroup: 1 to 3 numbers.
+    args: by name (dict) or by buffer index (sequence; None where an index is unused): contiguous tensors on the
+        library's device for buffers; numbers, sequences (vectors), dicts (structs) or tensors for `constant T&`;
+        lists of numbers for `constant T*`, which are copied to the device.
+    threadgroup_memory: bytes of each `[[threadgroup(n)]]` argument, by name or index.
+    On the cpu the call returns when the kernel has run; on cuda and mps it is enqueued on torch's current stream.
+    A grid with a zero launches nothing. Raises UnknownKernelError, ArgumentError naming the argument and the numbers,
+    MetalCompileError, DriverError.
+    """
+    state = library.dispatch_state
+    try:
+        grid = state.get((threads, threadgroups, threads_per_threadgroup))
+    except TypeError:  # lists do not hash
+        grid = None
+    if grid is None:
+        grid = _grid(state, threads, threadgroups, threads_per_threadgroup)
+    binding = state.get(name)
+    if binding is None:
+        binding = state[name] = Binding(library, name)
+    binding.run(args, grid, threadgroup_memory)  # type: ignore[attr-defined]
+
+
+def _dim3(value: Size, what: str) -> Dim3:
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    if not 1 <= len(numbers) <= 3 or not all(isinstance(n, int) and n >= 0 for n in numbers):
+        raise ArgumentError(f"{what} must be 1 to 3 non-negative integers, got {value!r}")
+    return (*numbers, 1, 1)[:3]  # type: ignore[return-value]
+
+
+class Grid:
+    """A launch shape: threadgroups, threads per threadgroup, total threads."""
+
+    __slots__ = ("groups", "tails", "threads", "tptg")
+
+    def __init__(self, threads: Size | None, threadgroups: Size | None, tptg: Size) -> None:
+        self.tptg = _dim3(tptg, "threads_per_threadgroup")
+        if 0 in self.tptg:
+            raise ArgumentError(f"threads_per_threadgroup must be positive, got {tptg!r}")
+        if (threads is None) == (threadgroups is None):
+            raise ArgumentError("give either threads (in all) or threadgroups, not both and not neither")
+        if threads is not None:
+            self.threads = _dim3(threads, "threads")
+            self.groups: Dim3 = tuple(-(-n // t) for n, t in zip(self.threads, self.tptg, strict=True))  # type: ignore[assignment]
+        else:
+            self.groups = _dim3(threadgroups, "threadgroups")  # type: ignore[arg-type]
+            self.threads = tuple(n * t for n, t in zip(self.groups, self.tptg, strict=True))  # type: ignore[assignment]
+        self.tails = any(n % t for n, t in zip(self.threads, self.tptg, strict=True))
+
+
+def _grid(state: dict[Any, Any], threads: Size | None, threadgroups: Size | None, tptg: Size) -> Grid:
+    grid = Grid(threads, threadgroups, tptg)
+    if len(state) < _GRIDS_KEPT:
+        key = tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in (threads, threadgroups, tptg))
+        state[key] = grid
+    return grid
+
+
+class _Slot:
+    """One bound parameter, prepared for the hot path."""
+
+    __slots__ = ("align", "allowed", "guarded", "param", "value")
+
+    def __init__(self, param: ParamMeta) -> None:
+        self.param = param
+        self.value = param.kind == "value"
+        self.allowed = accepted_dtypes(param.type)
+        self.align = param.type.align
+        self.guarded = not param.const
+
+
+class Binding:
+    """A kernel of a library with its parameters looked up once."""
+
+    def __init__(self, library: MetalKernelLibrary, name: str) -> None:
+        self.library = library
+        self.name = name
+        self.meta, executable = library.load(name)
+        self.slots = [_Slot(p) for p in self.meta.params]
+        self.names = {s.param.name: i for i, s in enumerate(self.slots) if s.param.enabled}
+        self.device = torch.device(library.device.kind, library.device.index) if library.device.kind != "cpu" else torch.device("cpu")
+        self.by_pointer_matters = library.device.kind == "cuda"
+        self._executables: dict[tuple[bool, tuple[str, ...]], Any] = {(False, ()): executable}
+        self._checked: set[tuple[Dim3, Dim3]] = set()
+
+    def run(self, args: Sequence[Any] | Mapping[str, Any], grid: Grid, memory: Mapping[str | int, int] | None) -> None:
+        values = self._by_name(args) if isinstance(args, Mapping) else self._by_index(args)
+        keep: list[torch.Tensor] = []
+        bound: list[int | bytes] = []
+        pointers: tuple[str, ...] = ()
+        device = self.device
+        for slot, value in zip(self.slots, values, strict=True):
+            if isinstance(value, torch.Tensor):
+                address = value.data_ptr()
+                if (
+                    value.device != device
+                    or not value.is_contiguous()
+                    or (slot.allowed is not None and value.dtype not in slot.allowed)
+                    or address % slot.align
+                    or (slot.guarded and value.requires_grad)
+                ):
+                    check_tensor(slot.param, value, device, slot.allowed)
+                bound.append(address)
+                if slot.value:
+                    pointers += (slot.param.name,)
+            elif slot.value and value is not None:
+                bound.append(pack_value(slot.param, value))
+            else:
+                bound.append(self._other(slot.param, value, keep))
+        dynamic = self._dynamic(memory)
+        if 0 in grid.groups:
+            return
+        executable = self._executable(grid, pointers if self.by_pointer_matters else ())
+        launch_traced(self.name, executable.launch, bound, grid.groups, grid.tptg, grid.threads, dynamic)
+
+    def _executable(self, grid: Grid, pointers: tuple[str, ...]) -> Any:
+        key = (grid.tails, pointers)
+        executable = self._executables.get(key)
+        if executable is None:
+            executable = self._executables[key] = self.library.load(self.name, *key)[1]
+        shape = (grid.groups, grid.tptg)
+        if shape not in self._checked:
+            limit = self.meta.max_threads
+            if limit is not None and math.prod(grid.tptg) > limit:
+                raise ArgumentError(
+                    f"threads_per_threadgroup = {grid.tptg} is {math.prod(grid.tptg)} threads; kernel '{self.name}' states "
+                    f"max_total_threads_per_threadgroup = {limit}"
+                )
+            executable.check(*shape)
+            if len(self._checked) < _GRIDS_KEPT:
+                self._checked.add(shape)
+        return executable
+
+    def _by_name(self, args: Mapping[str, Any]) -> list[Any]:
+        values = [args.get(s.param.name, _MISSING) for s in self.slots]
+        if len(args) != len(self.names) or any(v is _MISSING for v in values):
+            unknown = [n for n in args if n not in {s.param.name for s in self.slots}]
+            missing = [n for n in self.names if n not in args]
+            if unknown or missing:
+                raise ArgumentError(
+                    f"kernel '{self.name}': "
+                    + "; ".join(f"{what} argument {', '.join(n)}" for what, n in (("unknown", unknown), ("missing", missing)) if n)
+                    + f"; it takes {', '.join(self.names) or 'none'}"
+                )
+            values = [None if v is _MISSING else v for v in values]
+        return values
+
+    def _by_index(self, args: Sequence[Any]) -> list[Any]:
+        size = max((s.param.index for s in self.slots), default=-1) + 1
+        least = max((s.param.index for s in self.slots if s.param.enabled), default=-1) + 1
+        if not least <= len(args) <= size:
+            takes = ", ".join(f"{s.param.name} ({s.param.index})" for s in self.slots) or "none"
+            raise ArgumentError(f"kernel '{self.name}' takes {size} arguments by buffer index, got {len(args)}: {takes}")
+        return [args[s.param.index] if s.param.index < len(args) else None for s in self.slots]
+
+    def _other(self, param: ParamMeta, value: Any, keep: list[torch.Tensor]) -> int | bytes:
+        """Arguments that are neither tensors nor values."""
+        if value is None:
+            if param.enabled:
+                raise ArgumentError(f"{param.name}: is None, but kernel '{self.name}' uses it")
+            return b"\0" * max(param.type.size, 1) if param.kind == "value" else 0
+        if param.const and isinstance(value, (list, tuple)):
+            data = b"".join(pack_type(param.type, v, param.name) for v in value)
+            tensor = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8).to(self.device)
+            keep.append(tensor)
+            return tensor.data_ptr()
+        raise ArgumentError(
+            f"{param.name}: kernel '{self.name}' takes a tensor on {self.device} here, not {type(value).__name__}"
+        )
+
+    def _dynamic(self, memory: Mapping[str | int, int] | None) -> list[int]:
+        if not self.meta.dynamic and not memory:
+            return []
+        given = dict(memory or {})
+        sizes = []
+        for name, index in self.meta.dynamic:
+            size = given.pop(name, given.pop(index, None))
+            if size is None or size < 0:
+                raise ArgumentError(f"threadgroup_memory: kernel '{self.name}' needs the bytes of '{name}' (index {index}), got {size}")
+            sizes.append(size)
+        if given:
+            raise ArgumentError(f"threadgroup_memory: kernel '{self.name}' has no threadgroup argument {list(given)}")
+        return sizes
+

@@ -1,0 +1,295 @@
+"""The command line: exit status, output, one clear line for an error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from metal_marlin import __version__
+from metal_marlin.cli import app
+from metal_marlin.cli import doctor as doctor_command
+from metal_marlin.cli.arguments import parse_constants, parse_sizes, parse_value, split
+from metal_marlin.errors import ArgumentError
+from metal_marlin.ops import inventory as inventory_module
+from metal_marlin.ops.spec import OpSpec
+
+ROOT = Path(__file__).parent.parent
+SAXPY = str(ROOT / "examples" / "saxpy.metal")
+SAXPY_RUN = ["run", SAXPY, "--threads", "100", "--threads-per-threadgroup", "32", "--device", "cpu"]
+SAXPY_ARGS = ["--arg", "x=ones:100", "--arg", "y=zeros:100", "--arg", "a=2.5"]
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+
+
+def test_version() -> None:
+    result = call("--version")
+    assert result.exit_code == 0
+    assert result.output.strip() == f"metal-marlin {__version__}"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"]])
+def test_help_does_not_import_torch(arguments: list[str]) -> None:
+    """Starting takes a fraction of a second: PyTorch is only imported by commands that need it."""
+    code = (
+        "import sys; from metal_marlin.cli import app\n"
+        "try: app(sys.argv[1:])\n"
+        "finally: assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert "AssertionError" not in result.stderr
+
+
+def test_script_is_installed_as_module() -> None:
+    result = subprocess.run([sys.executable, "-m", "metal_marlin", "--version"], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == f"metal-marlin {__version__}", result.stderr
+
+
+class TestRun:
+    def test_runs_a_kernel(self, tmp_path: Path) -> None:
+        saved = tmp_path / "y.npy"
+        result = call(*SAXPY_RUN, *SAXPY_ARGS, "--save", f"y={saved}")
+        assert result.exit_code == 0, result.output
+        rows = {line.split("│")[1].strip(): line for line in result.output.splitlines() if line.startswith("│")}
+        assert "yes" in rows["y"]
+        assert "2.5" in rows["y"]
+        assert "no" in rows["x"]
+        assert torch.equal(parse_value(str(saved), torch.Generator()), torch.full((100,), 2.5))
+
+    def test_reads_npy(self, tmp_path: Path) -> None:
+        import numpy as np
+
+        np.save(tmp_path / "x.npy", np.full(100, 4.0, dtype=np.float32))
+        result = call(*SAXPY_RUN, "--arg", f"x={tmp_path / 'x.npy'}", "--arg", "y=zeros:100", "--arg", "a=2")
+        assert result.exit_code == 0, result.output
+        assert "8 8 8" in result.output
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([*SAXPY_RUN, *SAXPY_ARGS, "--kernel", "saxpi"], "saxpy"),
+            ([*SAXPY_RUN, "--arg", "x=ones:100"], "y"),
+            ([*SAXPY_RUN, *SAXPY_ARGS[:4], "--arg", "a=ones:1x"], "'1x' is not a shape"),
+            ([*SAXPY_RUN, *SAXPY_ARGS[:4], "--arg", "a"], "'a' is not NAME=VALUE"),
+            ([*SAXPY_RUN, *SAXPY_ARGS, "--threadgroups", "3"], "either --threads or --threadgroups"),
+            ([*SAXPY_RUN, *SAXPY_ARGS, "--save", "z=z.npy"], "'z' is not one of the tensors"),
+            (["run", SAXPY, *SAXPY_ARGS, "--threads", "7", "--threads-per-threadgroup", "a"], "one to three numbers"),
+            ([*SAXPY_RUN, *SAXPY_ARGS, "--device", "abacus"], "unknown device 'abacus'"),
+        ],
+    )
+    def test_errors_are_one_line(self, arguments: list[str], message: str) -> None:
+        result = call(*arguments)
+        assert result.exit_code == 1
+        assert message in result.output
+        assert "Traceback" not in result.output
+        assert result.output.strip().splitlines()[-1].startswith("error: ")
+
+    def test_compile_error_has_file_and_line(self, tmp_path: Path) -> None:
+        source = tmp_path / "broken.metal"
+        source.write_text("#include <metal_stdlib>\n\nkernel void f(device float* x) {\n    x[0] = nonsense;\n}\n")
+        result = call("run", str(source), "--threads", "1", "--threads-per-threadgroup", "1", "--arg", "x=zeros:1")
+        assert result.exit_code == 1
+        assert "broken.metal:4" in result.output
+        assert "nonsense" in result.output
+        assert "Traceback" not in result.output
+
+
+class TestArguments:
+    def value(self, text: str) -> Any:
+        return parse_value(text, torch.Generator().manual_seed(1))
+
+    @pytest.mark.parametrize(
+        ("text", "expected"), [("5", 5), ("-3", -3), ("0x10", 16), ("2.5", 2.5), ("1e-3", 1e-3), ("true", True)]
+    )
+    def test_scalars(self, text: str, expected: object) -> None:
+        value = self.value(text)
+        assert value == expected
+        assert type(value) is type(expected)
+
+    def test_tensors(self) -> None:
+        assert torch.equal(self.value("arange:2x3:int32"), torch.arange(6, dtype=torch.int32).reshape(2, 3))
+        assert self.value("randn:4x5:bfloat16").dtype is torch.bfloat16
+        assert torch.equal(self.value("randn:7"), self.value("randn:7"))
+        assert self.value("ones:3").tolist() == [1, 1, 1]
+
+    @pytest.mark.parametrize("text", ["zeros", "zeros:4:float33", "zeros:4:nn", "nines:4", "zeros:4:float32:x", "missing.npy"])
+    def test_bad_values(self, text: str) -> None:
+        with pytest.raises(ArgumentError, match=r".+"):
+            self.value(text)
+
+    def test_sizes_and_constants(self) -> None:
+        assert parse_sizes("64,2", "--threads") == (64, 2)
+        assert parse_sizes("", "--threads") is None
+        assert parse_constants(["3=true", "name=1.5"]) == {3: True, "name": 1.5}
+        assert split("x=a=b") == ("x", "a=b")
+        with pytest.raises(ArgumentError, match="neither a number"):
+            parse_constants(["name=word"])
+
+
+class TestCompile:
+    def test_fills_a_directory(self, tmp_path: Path) -> None:
+        out = tmp_path / "rows"
+        result = call("compile", "--target", "cpu:x86-64-v3", "--target", "cuda:sm_80", "--out", str(out), SAXPY)
+        assert result.exit_code == 0, result.output
+        assert "3 of 3 rows" in result.output  # a GPU's rows come with and without exact tails
+        before = sorted(path.name for path in out.iterdir())
+        assert len(before) >= 3
+        assert call("compile", "--target", "cpu:x86-64-v3", "--out", str(out), SAXPY).exit_code == 0
+        assert sorted(path.name for path in out.iterdir()) == before
+
+    def test_a_failing_kernel_leaves_the_others(self, tmp_path: Path) -> None:
+        source = tmp_path / "two.metal"
+        source.write_text(
+            "#include <metal_stdlib>\n"
+            "template <int N> kernel void f(device float* x) { static_assert(N > 1, \"N too small\"); x[0] = N; }\n"
+            'template [[host_name("good")]] kernel void f<2>(device float*);\n'
+            'template [[host_name("bad")]] kernel void f<1>(device float*);\n'
+        )
+        result = call("compile", "--target", "cpu:x86-64-v3", "--out", str(tmp_path / "rows"), str(source))
+        assert result.exit_code == 1
+        assert "N too small" in result.output
+        assert "1 of 2 rows" in result.output
+
+    def test_unknown_target_and_kernel(self, tmp_path: Path) -> None:
+        assert "error: " in call("compile", "--target", "cuda:sm_1", "--out", str(tmp_path / "r"), SAXPY).output
+        result = call("compile", "--target", "cuda:sm_80", "--out", str(tmp_path / "r"), SAXPY, "--kernel", "saxpi")
+        assert result.exit_code == 1
+        assert "saxpy" in result.output
+
+
+def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METAL_MARLIN_CACHE", str(tmp_path / "rows"))
+    assert call(*SAXPY_RUN, *SAXPY_ARGS).exit_code == 0
+    held = json.loads(call("cache", "--json").output)
+    assert held["directory"] == str(tmp_path / "rows")
+    assert held["files"] >= 1
+    assert held["bytes"] > 0
+    cleared = call("cache", "--clear")
+    assert cleared.exit_code == 0
+    assert f"deleted {held['files']}" in cleared.output
+    assert json.loads(call("cache", "--json").output)["files"] == 0
+
+
+class TestDoctor:
+    def test_the_cpu_passes(self) -> None:
+        result = call("doctor", "--json")
+        assert result.exit_code == 0, result.output
+        report = json.loads(result.output)
+        devices = {device["device"]: device for device in report["devices"]}
+        assert devices["cpu"]["status"] == "PASS"
+        assert report["compiler"]["status"] == "PASS"
+        assert all(d["reason"] for d in devices.values() if d["status"] == "FAIL")
+        assert call("doctor").exit_code == 0
+
+    def test_a_wrong_result_fails(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doctor_command, "_SMOKE", doctor_command._SMOKE.replace("fma(a", "fma(2 * a"))
+        result = call("doctor", "--json")
+        assert result.exit_code == 1
+        assert "instead of" in json.loads(result.output)["devices"][-1]["reason"]
+
+    def test_a_broken_device_is_reported(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(kind: str) -> Any:
+            raise RuntimeError(f"{kind} exploded")
+
+        monkeypatch.setattr(doctor_command, "device_module", broken)
+        result = call("doctor")
+        assert result.exit_code == 1
+        assert "exploded" in result.output
+
+    def test_no_compiler_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        environment = {"METAL_MARLIN_CLANG": str(tmp_path / "none"), "COLUMNS": "200"}
+        result = CliRunner().invoke(app, ["doctor", "--json"], env=environment)
+        assert json.loads(result.output)["compiler"]["status"] in ("PASS", "FAIL")
+
+
+class TestKernels:
+    @pytest.fixture
+    def rows(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A package with two files and one op."""
+        first = tmp_path / "first.metal"
+        first.write_text(
+            '#include "core/sum.h"\n'
+            "template <typename T> kernel void f(device T* x) { x[0] = T(1); }\n"
+            'template [[host_name("first_half")]] kernel void f<half>(device half*);\n'
+            'template [[host_name("first_float")]] kernel void f<float>(device float*);\n'
+        )
+        (tmp_path / "core").mkdir()
+        (tmp_path / "core" / "sum.h").write_text("#pragma once\n")
+        second = tmp_path / "second.metal"
+        second.write_text("kernel void second(device float* x) { x[0] = 2; }\n")
+        monkeypatch.setattr(inventory_module, "source_files", lambda: [first, second])
+        op = OpSpec("fill", "first.metal", torch.nn.functional.softmax, ["n=1", "n=7"], "bench/fill.py")
+        monkeypatch.setattr(inventory_module, "op_specs", lambda: [op])
+
+    @pytest.mark.usefixtures("rows")
+    def test_json(self) -> None:
+        found = {row["name"]: row for row in json.loads(call("kernels", "--json").output)}
+        assert sorted(found) == ["first_float", "first_half", "second"]
+        assert found["first_half"] == {
+            "name": "first_half",
+            "file": "first.metal",
+            "core": "sum",
+            "op": "fill",
+            "reference": "torch.nn.functional.softmax",
+            "cases": ["n=1", "n=7"],
+            "bench": "bench/fill.py",
+            "devices": found["second"]["devices"],
+        }
+        assert {"cpu", "cuda"} <= set(found["second"]["devices"])
+        assert found["second"]["op"] is None
+
+    @pytest.mark.usefixtures("rows")
+    def test_audit(self, tmp_path: Path) -> None:
+        names = tmp_path / "names.txt"
+        names.write_text("# all\nfirst_half\nsecond # the other\n\n")
+        result = call("kernels", "--audit", str(names))
+        assert result.exit_code == 0
+        assert "2 of 2 listed kernels present, 0 missing, 1 not listed" in result.output
+        names.write_text("first_half\nthird\n")
+        result = call("kernels", "--audit", str(names))
+        assert result.exit_code == 1
+        assert "missing: third" in result.output
+        assert json.loads(call("kernels", "--json", "--audit", str(names)).output)["missing"] == ["third"]
+
+    def test_two_claims_are_an_error(self, rows: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        op = OpSpec("other", "first.metal", torch.ones_like, [], kernels=("*_half",))
+        also = OpSpec("fill", "first.metal", torch.ones_like, [])
+        monkeypatch.setattr(inventory_module, "op_specs", lambda: [op, also])
+        result = call("kernels")
+        assert result.exit_code == 1
+        assert "'first_half' is claimed by other and fill" in result.output
+
+    def test_an_op_without_kernels_is_an_error(self, rows: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(inventory_module, "op_specs", lambda: [OpSpec("lost", "no.metal", torch.ones_like, [])])
+        assert "claims no kernel of no.metal" in call("kernels").output
+
+    def test_the_package_itself(self) -> None:
+        """Every op module's spec is well formed, and what it names exists."""
+        for row in inventory_module.inventory():
+            assert row.devices, row
+            if row.op is not None:
+                assert row.cases, row
+            if row.bench is not None:
+                assert (ROOT / row.bench).exists(), row
+
+
+def test_op_specs_come_from_op_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = OpSpec("one", "a.metal", torch.ones_like, [])
+    two = OpSpec("two", "a.metal", torch.ones_like, [], kernels=("two*", "b"))
+    modules = {"metal_marlin.ops.x": SimpleNamespace(OP=one), "metal_marlin.ops.y": SimpleNamespace(OP=(two,))}
+    monkeypatch.setattr(inventory_module.pkgutil, "iter_modules", lambda path: [SimpleNamespace(name=n) for n in "xyz"])
+    monkeypatch.setattr(inventory_module.importlib, "import_module", lambda n: modules.get(n, SimpleNamespace()))
+    assert inventory_module.op_specs() == [one, two]
+    assert two.claims("a.metal", "two_half")
+    assert not two.claims("a.metal", "one")
+    assert not two.claims("b.metal", "two_half")
