@@ -1,22 +1,22 @@
-"""Scalar operands of vector operators, as Metal has them: `half4 * float` and `uchar4 & 15` keep the vector's type.
+"""Scalar operands of vector operators, as Metal has them: `half4 * float` is a half4.
 
-OpenCL refuses a scalar that ranks above the vector's elements, and only the compiler knows the types. So its message
-says where: the scalar operand E of a vector V becomes `metal::_operand<decltype(V)>(E)`, and the text is compiled again.
+OpenCL refuses a scalar that ranks above the vector's elements, and only the compiler knows the types. So its
+message says where: the scalar operand E of a vector V becomes `metal::_operand<decltype(V)>(E)`, and the text
+is compiled again.
 """
 
 from __future__ import annotations
 
 import re
 
-# `-fdiagnostics-print-source-range-info` puts the operands' {line:column-line:column} (of the text itself, whatever its
-# line markers say) before the message
+# The first puts the operands' {line:column-line:column} before the message; they count in the text itself,
+# whatever its line markers say.
 FLAGS = ("-fdiagnostics-print-source-range-info", "-ferror-limit=0")
 ROUNDS = 12  # an operand inside another mended operand shows only after that one is mended
 _RANGE = r"\{(\d+):(\d+)-(\d+):(\d+)\}"
+_RANK = r"scalar operand type has greater rank than the type of the vector element\."
 _REFUSED = re.compile(
-    rf"^(?P<file>[^\n]*?):\d+:\d+:{_RANGE}{_RANGE}: error: scalar operand type has greater rank than the type of the "
-    r"vector element\. \('(?P<first>[^\n]*)$",
-    re.M,
+    rf"^(?P<file>[^\n]*?):\d+:\d+:{_RANGE}{_RANGE}: error: {_RANK} \('(?P<first>[^\n]*)$", re.M
 )
 _RANGES = re.compile(r"(:\d+:\d+:)(?:\{[^{}]*\})+:")
 
@@ -38,7 +38,9 @@ def mend(text: str, stderr: str, stdlib: str) -> str | None:
             continue
         at = [int(n) for n in message.groups()[1:9]]
         first, second = ((starts[a - 1] + b - 1, starts[c - 1] + d - 1) for a, b, c, d in (at[:4], at[4:]))
-        vector, scalar = (first, second) if "(vector of" in message["first"].split(" and ")[0] else (second, first)
+        vector, scalar = (
+            (first, second) if "(vector of" in message["first"].split(" and ")[0] else (second, first)
+        )
         found[scalar] = data[slice(*vector)]
     out, end = b"", 0
     for (a, b), vector_text in sorted(found.items()):

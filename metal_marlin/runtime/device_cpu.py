@@ -26,6 +26,8 @@ from metal_marlin.msl.target import Target
 _STACK_ALIGN = 256 << 10
 _MAX_THREADS = 1024
 _MAX_GRID = 2**32 - 1
+_BLOCKS_KEPT = 1024
+Dim3 = tuple[int, int, int]
 # args, grid[3], tptg[3], threads[3], arena_bytes, nthreads, gomp, workspace, workspace_stride, next, status
 _LAUNCH = struct.Struct("@P3I3I3IIIPPQII")
 
@@ -77,11 +79,16 @@ _local = threading.local()
 
 
 def _workspace(size: int) -> int:
-    """Address of at least `size` bytes of this thread's workspace, aligned for fibre stacks."""
+    """Address of at least `size` bytes of this thread's workspace, aligned for fibre stacks.
+
+    Workspaces that became too small stay mapped: launches prepared earlier still point to them.
+    """
     if getattr(_local, "size", -1) < size:
+        size = max(size, 2 * getattr(_local, "size", 0))
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        _local.map = mmap.mmap(-1, size + _STACK_ALIGN, flags=flags)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(_local.map))
+        area = mmap.mmap(-1, size + _STACK_ALIGN, flags=flags)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        _local.maps = [*getattr(_local, "maps", ()), area]
         _local.base = (start + _STACK_ALIGN - 1) // _STACK_ALIGN * _STACK_ALIGN
         _local.size = size
     return int(_local.base)
@@ -102,14 +109,11 @@ def _map(row: CompiledRow) -> ctypes.CDLL:
 
 
 class _Frame(threading.local):
-    """This thread's launch block and argument array for one executable."""
+    """This thread's argument array and prepared launch blocks of one executable."""
 
     def __init__(self, slots: int) -> None:
-        self.block = ctypes.create_string_buffer(_LAUNCH.size)
         self.args = (ctypes.c_void_p * max(slots, 1))()
-        self.block_address = ctypes.addressof(self.block)
-        self.args_address = ctypes.addressof(self.args)
-        self.strides: dict[tuple[object, ...], int] = {}
+        self.blocks: dict[tuple[object, ...], tuple[int, object]] = {}  # launch shape -> address, buffer
 
 
 class Executable:
@@ -129,39 +133,48 @@ class Executable:
     def launch(
         self,
         arguments: list[int | bytes],
-        grid: tuple[int, int, int],
-        tptg: tuple[int, int, int],
-        threads: tuple[int, int, int],
+        grid: Dim3,
+        tptg: Dim3,
+        threads: Dim3,
         dynamic: list[int],
     ) -> None:
-        frame, arena = self._frame, self.meta.threadgroup_bytes
+        frame = self._frame
         args, keep = frame.args, []
         for i, argument in enumerate(arguments):
-            if isinstance(argument, bytes):
-                argument = _aligned(argument, keep)
-            args[i] = argument
-        for i, size in enumerate(dynamic, len(arguments)):
-            arena = (arena + 15) & ~15
-            args[i] = arena
-            arena += size
-        count = min(torch.get_num_threads(), grid[0] * grid[1] * grid[2])
-        gomp = _pool.address if _pool is not None and count > 1 else 0
-        count = count if gomp else 1
-        head = (frame.args_address, *grid, *tptg, *threads, arena, count, gomp)
-        stride = frame.strides.get((tptg, arena))
-        if stride is None:
-            _LAUNCH.pack_into(frame.block, 0, *head, 0, 0, 0, 0)
-            stride = -(-int(self._bytes(frame.block_address)) // _STACK_ALIGN) * _STACK_ALIGN
-            frame.strides[(tptg, arena)] = stride
-        _LAUNCH.pack_into(frame.block, 0, *head, _workspace(stride * count), stride, 0, 0)
-        status = self._launch(frame.block_address)
+            args[i] = _aligned(argument, keep) if type(argument) is bytes else argument
+        shape = (grid, tptg, threads, tuple(dynamic), torch.get_num_threads(), _pool.address)  # type: ignore[union-attr]
+        block = frame.blocks.get(shape)
+        if block is None:
+            block = self._block(frame, *shape)
+        status = self._launch(block[0])
         if status:
             raise DriverError(
                 f"kernel '{self.meta.name}': no thread of a threadgroup can go on (a barrier or simdgroup function "
                 f"that some threads never reach); status {status}"
             )
 
-    def check(self, grid: tuple[int, int, int], tptg: tuple[int, int, int]) -> None:
+    def _block(
+        self, frame: _Frame, grid: Dim3, tptg: Dim3, threads: Dim3, dynamic: tuple[int, ...], pool_threads: int, gomp: int
+    ) -> tuple[int, object]:
+        """The launch block of a shape; offsets of dynamic threadgroup arguments go behind the bound arguments."""
+        arena, bound = self.meta.threadgroup_bytes, len(self.meta.params)
+        for i, size in enumerate(dynamic, bound):
+            arena = (arena + 15) & ~15
+            frame.args[i] = arena
+            arena += size
+        count = min(pool_threads, math.prod(grid)) if gomp else 1
+        head = (ctypes.addressof(frame.args), *grid, *tptg, *threads, arena, count, gomp)
+        buffer = ctypes.create_string_buffer(_LAUNCH.size)
+        address = ctypes.addressof(buffer)
+        _LAUNCH.pack_into(buffer, 0, *head, 0, 0, 0, 0)
+        stride = -(-int(self._bytes(address)) // _STACK_ALIGN) * _STACK_ALIGN
+        _LAUNCH.pack_into(buffer, 0, *head, _workspace(stride * count), stride, 0, 0)
+        if len(frame.blocks) >= _BLOCKS_KEPT or dynamic:
+            frame.blocks.clear()
+        frame.blocks[(grid, tptg, threads, dynamic, pool_threads, gomp)] = (address, buffer)
+        return address, buffer
+
+    def check(self, grid: Dim3, tptg: Dim3) -> None:
         """Raise ArgumentError for a grid this device cannot run."""
         size = math.prod(tptg)
         if size > _MAX_THREADS:

@@ -206,7 +206,7 @@ class Executable:
             return None
         if threads != tuple(map(int.__mul__, grid, tptg)) and not self._meta.tails:
             raise ArgumentError(
-                f"{self.name}: {threads} threads are no multiple of {tptg}; this row was compiled without tails"
+                f"{self.name}: {threads} threads are no multiple of {tptg}; the row is compiled without tails"
             )
         self._check_values(values, dynamic)
         declared = self._meta.threadgroup_bytes

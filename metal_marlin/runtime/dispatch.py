@@ -117,10 +117,16 @@ class Binding:
         self.device = torch.device(library.device.kind, library.device.index) if library.device.kind != "cpu" else torch.device("cpu")
         self.by_pointer_matters = library.device.kind == "cuda"
         self._executables: dict[tuple[bool, tuple[str, ...]], Any] = {(False, ()): executable}
-        self._checked: set[tuple[Dim3, Dim3]] = set()
+        self._ready: dict[tuple[Grid, tuple[str, ...]], Any] = {}  # launches whose shape was checked
+        self._order = [s.param.index for s in self.slots]
+        self._size = max(self._order, default=-1) + 1
+        self._least = max((s.param.index for s in self.slots if s.param.enabled), default=-1) + 1
 
     def run(self, args: Sequence[Any] | Mapping[str, Any], grid: Grid, memory: Mapping[str | int, int] | None) -> None:
-        values = self._by_name(args) if isinstance(args, Mapping) else self._by_index(args)
+        if type(args) is dict or isinstance(args, Mapping):
+            values = self._by_name(args)
+        else:
+            values = self._by_index(args)
         keep: list[torch.Tensor] = []
         bound: list[int | bytes] = []
         pointers: tuple[str, ...] = ()
@@ -143,28 +149,28 @@ class Binding:
                 bound.append(pack_value(slot.param, value))
             else:
                 bound.append(self._other(slot.param, value, keep))
-        dynamic = self._dynamic(memory)
-        if 0 in grid.groups:
-            return
-        executable = self._executable(grid, pointers if self.by_pointer_matters else ())
-        launch_traced(self.name, executable.launch, bound, grid.groups, grid.tptg, grid.threads, dynamic)
+        dynamic = self._dynamic(memory) if memory or self.meta.dynamic else []
+        if not self.by_pointer_matters:
+            pointers = ()
+        executable = self._ready.get((grid, pointers)) or self._prepare(grid, pointers)
+        if 0 not in grid.groups:
+            launch_traced(self.name, executable.launch, bound, grid.groups, grid.tptg, grid.threads, dynamic)
 
-    def _executable(self, grid: Grid, pointers: tuple[str, ...]) -> Any:
+    def _prepare(self, grid: Grid, pointers: tuple[str, ...]) -> Any:
+        """The executable for a launch shape, which is checked against the kernel's and the device's limits."""
         key = (grid.tails, pointers)
         executable = self._executables.get(key)
         if executable is None:
             executable = self._executables[key] = self.library.load(self.name, *key)[1]
-        shape = (grid.groups, grid.tptg)
-        if shape not in self._checked:
-            limit = self.meta.max_threads
-            if limit is not None and math.prod(grid.tptg) > limit:
-                raise ArgumentError(
-                    f"threads_per_threadgroup = {grid.tptg} is {math.prod(grid.tptg)} threads; kernel '{self.name}' states "
-                    f"max_total_threads_per_threadgroup = {limit}"
-                )
-            executable.check(*shape)
-            if len(self._checked) < _GRIDS_KEPT:
-                self._checked.add(shape)
+        limit, size = self.meta.max_threads, math.prod(grid.tptg)
+        if limit is not None and size > limit:
+            raise ArgumentError(
+                f"threads_per_threadgroup = {grid.tptg} is {size} threads; kernel '{self.name}' states "
+                f"max_total_threads_per_threadgroup = {limit}"
+            )
+        executable.check(grid.groups, grid.tptg)
+        if len(self._ready) < _GRIDS_KEPT:
+            self._ready[(grid, pointers)] = executable
         return executable
 
     def _by_name(self, args: Mapping[str, Any]) -> list[Any]:
@@ -182,12 +188,10 @@ class Binding:
         return values
 
     def _by_index(self, args: Sequence[Any]) -> list[Any]:
-        size = max((s.param.index for s in self.slots), default=-1) + 1
-        least = max((s.param.index for s in self.slots if s.param.enabled), default=-1) + 1
-        if not least <= len(args) <= size:
+        if not self._least <= len(args) <= self._size:
             takes = ", ".join(f"{s.param.name} ({s.param.index})" for s in self.slots) or "none"
-            raise ArgumentError(f"kernel '{self.name}' takes {size} arguments by buffer index, got {len(args)}: {takes}")
-        return [args[s.param.index] if s.param.index < len(args) else None for s in self.slots]
+            raise ArgumentError(f"kernel '{self.name}' takes {self._size} arguments by buffer index, got {len(args)}: {takes}")
+        return [args[i] if i < len(args) else None for i in self._order]
 
     def _other(self, param: ParamMeta, value: Any, keep: list[torch.Tensor]) -> int | bytes:
         """Arguments that are neither tensors nor values."""
@@ -205,8 +209,6 @@ class Binding:
         )
 
     def _dynamic(self, memory: Mapping[str | int, int] | None) -> list[int]:
-        if not self.meta.dynamic and not memory:
-            return []
         given = dict(memory or {})
         sizes = []
         for name, index in self.meta.dynamic:

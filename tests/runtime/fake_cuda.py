@@ -1,7 +1,7 @@
 """A CUDA driver made of ctypes callbacks: real marshalling through the C calling convention, no GPU.
 
-`FakeCuda` keeps what was launched. Attributes set what it answers: `capability`, `driver_version`, `fail` (status
-by function name), `max_threads` (registers allow so many threads per block unless assembled for more).
+`FakeCuda` keeps what was launched. Attributes set what it answers: `capability`, `driver_version`, `fail`
+(status by function name), `max_threads` (threads per block that registers allow unless assembled for more).
 """
 
 from __future__ import annotations

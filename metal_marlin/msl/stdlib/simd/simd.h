@@ -8,7 +8,8 @@
   typedef T##4 simd_##name##4; typedef T##4 vector_##name##4; \
   namespace simd { typedef T##2 name##2; typedef T##3 name##3; typedef T##4 name##4; \
                    typedef packed_##T##2 packed_##name##2; typedef packed_##T##4 packed_##name##4; }
-MM_SIMD_NAMES(char, char) MM_SIMD_NAMES(uchar, uchar) MM_SIMD_NAMES(short, short) MM_SIMD_NAMES(ushort, ushort)
+MM_SIMD_NAMES(char, char) MM_SIMD_NAMES(uchar, uchar)
+MM_SIMD_NAMES(short, short) MM_SIMD_NAMES(ushort, ushort)
 MM_SIMD_NAMES(int, int) MM_SIMD_NAMES(uint, uint) MM_SIMD_NAMES(long, long) MM_SIMD_NAMES(ulong, ulong)
 MM_SIMD_NAMES(half, half) MM_SIMD_NAMES(float, float)
 #undef MM_SIMD_NAMES

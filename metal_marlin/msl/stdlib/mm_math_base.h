@@ -1,0 +1,135 @@
+#pragma once
+// What the mathematics headers share: which types a call's arguments stand for, conversions to the type computed in,
+// bit patterns. Every function is written once for F = float or a vector of float; half and bfloat arguments are
+// widened, computed, and rounded once.
+#include "metal_types"
+
+namespace metal {
+
+template <class T> inline constexpr bool _scalar_number = __is_arithmetic(T) || __is_enum(T);
+
+// An argument's type as arithmetic sees it: packed vectors as vectors, bool and enumerations as integers.
+template <class A, bool Enum = __is_enum(A)> struct _arith { typedef A type; };
+template <class A> struct _arith<A, true> { typedef decltype(+A()) type; };
+template <> struct _arith<bool, false> { typedef int type; };
+template <> struct _arith<double, false> { typedef float type; };
+template <class T, int N> struct _arith<packed_vec<T, N>, false> { typedef _native<T, N> type; };
+template <class A> using _arith_t = typename _arith<A>::type;
+
+// The type in which two arguments meet: a vector beats a scalar (max(half4, 0.0f) is half4); scalars follow the usual
+// conversions, except that equal types stay as they are. No type where MSL has no such call.
+template <class A, class B, bool Numbers = _scalar_number<A> && _scalar_number<B>> struct _join_of {};
+template <class A, class B> struct _join_of<A, B, true> { typedef decltype(A() + B()) type; };
+template <class A> struct _join_of<A, A, true> { typedef A type; };
+template <class T, class B, int N> struct _join_of<_native<T, N>, B, false> {
+  typedef _when<_scalar_number<B>> _number;
+  typedef _native<T, N> type;
+};
+template <class A, class T, int N> struct _join_of<A, _native<T, N>, false> {
+  typedef _when<_scalar_number<A>> _number;
+  typedef _native<T, N> type;
+};
+template <class T, int N> struct _join_of<_native<T, N>, _native<T, N>, false> { typedef _native<T, N> type; };
+template <class A, class B> using _join = typename _join_of<_arith_t<A>, _arith_t<B>>::type;
+template <class A, class B, class C> using _join3 = _join<_join<A, B>, C>;
+
+// The floating-point type of an argument; integers count as float. No type for anything else.
+template <class A, bool Integer> struct _fp_scalar {};
+template <class A> struct _fp_scalar<A, true> { typedef float type; };
+template <> struct _fp_scalar<half, false> { typedef half type; };
+template <> struct _fp_scalar<float, false> { typedef float type; };
+template <> struct _fp_scalar<bfloat, false> { typedef bfloat type; };
+template <class A> struct _fp_of : _fp_scalar<A, __is_integral(A)> {};
+template <int N> struct _fp_of<_native<half, N>> { typedef _native<half, N> type; };
+template <int N> struct _fp_of<_native<float, N>> { typedef _native<float, N> type; };
+template <int N> struct _fp_of<_native<bfloat, N>> { typedef _native<bfloat, N> type; };
+template <class A> using _fp = typename _fp_of<_arith_t<A>>::type;
+template <class A, class B> using _fp2 = typename _fp_of<_join<A, B>>::type;
+template <class A, class B, class C> using _fp3 = typename _fp_of<_join3<A, B, C>>::type;
+
+template <class T> inline constexpr bool _is_fp = false;
+template <> inline constexpr bool _is_fp<half> = true;
+template <> inline constexpr bool _is_fp<float> = true;
+template <> inline constexpr bool _is_fp<bfloat> = true;
+template <class T> inline constexpr bool _is_fp_like = _is_fp<_elem<T>>;
+
+// T with elements of type E.
+template <class T, class E> struct _like_of { typedef E type; };
+template <class T, int N, class E> struct _like_of<_native<T, N>, E> { typedef _native<E, N> type; };
+template <class T, class E> using _like = typename _like_of<T, E>::type;
+template <class T> using _floats = _like<T, float>;
+template <class T> using _ints = _like<T, int>;
+template <class T> using _uints = _like<T, uint>;
+template <class T> using _doubles = _like<T, double>;
+
+template <class T, class U> inline constexpr bool _alike = false;
+template <class T> inline constexpr bool _alike<T, T> = true;
+
+template <class T, class A> MM_FN constexpr T _to(A a) {
+  if constexpr (_alike<T, A>) {
+    return a;
+  } else if constexpr (_packed<A>) {
+    return _to<T>(a._vector());
+  } else if constexpr (_shape<A>::native) {
+    return __builtin_convertvector(a, T);
+  } else {
+    return (T)static_cast<_elem<T>>(a);
+  }
+}
+
+// Component i of a vector or of a scalar (of which there is one).
+template <class T> inline constexpr int _count = _components<T> == 0 ? 1 : _components<T>;
+
+template <int Bytes> struct _integer_of;
+template <> struct _integer_of<1> { typedef char s; typedef uchar u; };
+template <> struct _integer_of<2> { typedef short s; typedef ushort u; };
+template <> struct _integer_of<4> { typedef int s; typedef uint u; };
+template <> struct _integer_of<8> { typedef long s; typedef ulong u; };
+// Integers as wide as T's elements.
+template <class T> using _same_int = _like<T, typename _integer_of<sizeof(_elem<T>)>::s>;
+template <class T> using _same_uint = _like<T, typename _integer_of<sizeof(_elem<T>)>::u>;
+
+template <class T> MM_FN constexpr _same_uint<T> _bits(T x) { return __builtin_bit_cast(_same_uint<T>, x); }
+template <class T, class U> MM_FN constexpr T _from_bits(U u) { return __builtin_bit_cast(T, u); }
+
+// Whether any component of a comparison's result is set.
+template <class M> MM_FN constexpr bool _any_of(M m) {
+  if constexpr (_shape<M>::native) {
+    return __builtin_reduce_or(m) != 0;
+  } else {
+    return m;
+  }
+}
+
+template <class T> MM_FN constexpr T _absolute(T x) {
+  typedef _same_uint<T> U;
+  return _from_bits<T>(_bits(x) & (U)(_elem<U>)(((_elem<U>)~(_elem<U>)0) >> 1));
+}
+template <class T> MM_FN constexpr T _with_sign(T x, T y) {
+  typedef _same_uint<T> U;
+  const U magnitude = (U)(_elem<U>)(((_elem<U>)~(_elem<U>)0) >> 1);
+  return _from_bits<T>((_bits(x) & magnitude) | (_bits(y) & ~magnitude));
+}
+
+template <class F> MM_FN F _fused(F a, F b, F c) { return __builtin_elementwise_fma(a, b, c); }
+template <class F> MM_FN F _fused(F a, float b, F c) { return __builtin_elementwise_fma(a, (F)b, c); }
+template <class F> MM_FN F _rounded(F x) { return __builtin_elementwise_rint(x); }
+
+// c0 + c1 x + c2 x² + …
+template <class F> MM_FN F _poly(F, float c) { return (F)c; }
+template <class F, class... C> MM_FN F _poly(F x, float c, C... rest) {
+  return __builtin_elementwise_fma(x, _poly(x, rest...), (F)c);
+}
+
+// 2^n for n in [-126, 127].
+template <class F> MM_FN F _two_to(_ints<F> n) { return _from_bits<F>((n + 127) << 23); }
+// p 2^n, rounded once, for n in [-250, 250] and p near 1.
+template <class F> MM_FN F _scaled(F p, _ints<F> n) {
+  const _ints<F> half_n = n >> 1;
+  return p * _two_to<F>(half_n) * _two_to<F>(n - half_n);
+}
+
+#define MM_INF (__builtin_inff())
+#define MM_NAN (__builtin_nanf(""))
+
+}  // namespace metal

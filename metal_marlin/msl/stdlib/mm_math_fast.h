@@ -1,0 +1,120 @@
+#pragma once
+// What fast:: computes differently: the hardware's approximations on NVIDIA GPUs, shorter polynomials and a reduction
+// without the long way for huge angles on the CPU. NaN and infinities behave as in precise::; denormal results of
+// exponentials may become 0. Accuracy: exp2 and log2 some 4 ulp, exp 4 + |x| ulp, sin and cos 2^-20 absolute
+// for |x| < 2^15.
+#include "mm_math_exp.h"
+#include "mm_math_ieee.h"
+#include "mm_math_trig.h"
+
+namespace metal {
+namespace _quick {
+
+#ifdef __METAL_MARLIN_CUDA__
+#define MM_APPROXIMATION(name, instruction) \
+  MM_FN float name(float x) { \
+    float r; \
+    __asm__(instruction ".f32 %0, %1;" : "=f"(r) : "f"(x)); \
+    return r; \
+  } \
+  template <int N> MM_FN _native<float, N> name(_native<float, N> x) { \
+    for (int i = 0; i < N; i++) x[i] = name(x[i]); \
+    return x; \
+  }
+MM_APPROXIMATION(exp2, "ex2.approx")
+MM_APPROXIMATION(log2, "lg2.approx")
+MM_APPROXIMATION(rsqrt, "rsqrt.approx")
+MM_APPROXIMATION(sqrt, "sqrt.approx")
+MM_APPROXIMATION(_inverse, "rcp.approx")
+MM_APPROXIMATION(_sin_turn, "sin.approx")
+MM_APPROXIMATION(_cos_turn, "cos.approx")
+#undef MM_APPROXIMATION
+#endif
+
+#pragma float_control(precise, on, push)
+#pragma clang fp contract(off)
+
+#ifdef __METAL_MARLIN_CUDA__
+// Within half a turn, where the instructions are accurate.
+template <class F> MM_FN F _within_turn(F x) {
+  const F n = _rounded(x * 0x1.45f306p-3f);
+  return _fused(n, 0x1.777a5cp-23f, _fused(n, -0x1.921fb6p2f, x));
+}
+template <class F> MM_FN F exp(F x) { return _quick::exp2(x * 0x1.715476p0f); }
+template <class F> MM_FN F exp10(F x) { return _quick::exp2(x * 0x1.a934fp1f); }
+template <class F> MM_FN F log(F x) { return _quick::log2(x) * 0x1.62e43p-1f; }
+template <class F> MM_FN F log10(F x) { return _quick::log2(x) * 0x1.344136p-2f; }
+template <class F> MM_FN F sin(F x) { return _quick::_sin_turn(_within_turn(x)); }
+template <class F> MM_FN F cos(F x) { return _quick::_cos_turn(_within_turn(x)); }
+template <class F> MM_FN _math::_sine_pair<F> sincos(F x) {
+  const F r = _within_turn(x);
+  return {_quick::_sin_turn(r), _quick::_cos_turn(r)};
+}
+template <class F> MM_FN F tan(F x) {
+  const _math::_sine_pair<F> a = _quick::sincos(x);
+  return a.s * _quick::_inverse(a.c);
+}
+template <class F> MM_FN F divide(F x, F y) {
+  F r = x;
+  if constexpr (_components<F> == 0) {
+    __asm__("div.full.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+  } else {
+    for (int i = 0; i < _components<F>; i++) r[i] = _quick::divide(x[i], y[i]);
+  }
+  return r;
+}
+#else
+template <class F> MM_FN F exp(F x) {
+  const F limited = _math::_limited(x, -87.33654f, 89.0f);
+  const F t = _fused(limited, 0x1.715476p0f, (F)MM_ROUNDER);
+  const F n = t - MM_ROUNDER;
+  const F r = _fused(n, -0x1.62e43p-1f, limited);
+  const F p = _fused(r * r, _poly(r, MM_EXP_Q), r) + 1.0f;
+  const F e = p * _two_to<F>(_from_bits<_ints<F>>(_bits(t) - MM_ROUNDER_BITS));
+  return x < -87.33654f ? (F)0.0f : e;
+}
+template <class F> MM_FN F exp2(F x) {
+  const F limited = _math::_limited(x, -126.0f, 128.0f);
+  const F t = limited + MM_ROUNDER;
+  const F r = limited - (t - MM_ROUNDER);
+  const F p = _fused(r, _poly(r, MM_EXP2_Q), (F)1.0f);
+  const F e = p * _two_to<F>(_from_bits<_ints<F>>(_bits(t) - MM_ROUNDER_BITS));
+  return x < -126.0f ? (F)0.0f : e;
+}
+template <class F> MM_FN F exp10(F x) { return _quick::exp2(x * 0x1.a934fp1f); }
+template <class F> MM_FN F log(F x) { return _math::log(x); }
+template <class F> MM_FN F log2(F x) { return _math::log2(x); }
+template <class F> MM_FN F log10(F x) { return _math::log10(x); }
+template <class F> MM_FN F rsqrt(F x) { return 1.0f / __builtin_elementwise_sqrt(x); }
+template <class F> MM_FN F sqrt(F x) { return __builtin_elementwise_sqrt(x); }
+template <class F> MM_FN F divide(F x, F y) { return x / y; }
+template <class F> MM_FN F _inverse(F x) { return 1.0f / x; }
+template <class F> MM_FN _math::_sine_pair<F> sincos(F x) {
+  const _math::_reduced<F> a = _math::_reduce_small(x);
+  // so that angles beyond the reduction give a number in [-1, 1], as the polynomials would not
+  const F limit = 0.8f;
+  const F r = a.r > limit ? limit : (a.r < -limit ? -limit : a.r);
+  return _math::_turned(r, a.quadrant);
+}
+template <class F> MM_FN F sin(F x) { return _quick::sincos(x).s; }
+template <class F> MM_FN F cos(F x) { return _quick::sincos(x).c; }
+template <class F> MM_FN F tan(F x) {
+  const _math::_sine_pair<F> a = _quick::sincos(x);
+  return a.s / a.c;
+}
+#endif
+
+template <class F> MM_FN F pow(F x, F y) {
+  const F r = _quick::exp2(y * _quick::log2(_absolute(x)));
+  return _math::_pow_edges(x, y, r);
+}
+template <class F> MM_FN F powr(F x, F y) { return _quick::exp2(y * _quick::log2(x)); }
+template <class F> MM_FN F tanh(F x) {
+  const F e = _quick::exp(2.0f * _absolute(x));
+  return _with_sign(1.0f - 2.0f * _quick::_inverse(e + 1.0f), x);
+}
+
+#pragma float_control(pop)
+
+}  // namespace _quick
+}  // namespace metal

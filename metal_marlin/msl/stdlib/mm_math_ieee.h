@@ -1,0 +1,123 @@
+#pragma once
+// Functions with exact or correctly rounded results: square roots, remainders, and the ones that take a number's
+// representation apart. F is float or a vector of float; T any floating-point scalar or vector.
+#include "mm_math_base.h"
+#pragma float_control(precise, on, push)
+#pragma clang fp contract(off)
+
+namespace metal {
+namespace _math {
+
+template <class F> MM_FN F rsqrt(F x) {
+  F y = 1.0f / __builtin_elementwise_sqrt(x);
+  // One Newton step with the residual 1 - x y² in two parts: correctly rounded but for ties closer than 2^-20 ulp.
+  const F h = x * y;
+  const F residual = _fused(-h, y, (F)1.0f) - _fused(x, y, -h) * y;
+  const F better = _fused(residual * 0.5f, y, y);
+  return ((x > 0.0f) & (x < MM_INF)) ? better : y;
+}
+
+// x y + z in T: for 16-bit types the float sum is rounded to odd, which keeps the second rounding from going astray.
+template <class T> MM_FN T fma(T x, T y, T z) {
+#ifdef __METAL_MARLIN_CPU__
+  if constexpr (sizeof(_elem<T>) == 2) {
+    typedef _floats<T> F;
+    const F p = _to<F>(x) * _to<F>(y), w = _to<F>(z);
+    const F s = p + w;
+    const F seen = s - p;
+    const F lost = (p - (s - seen)) + (w - seen);
+    const _ints<F> b = _from_bits<_ints<F>>(_bits(s));
+    const auto inexact = (lost != 0.0f) & (_absolute(s) < MM_INF) & ((b & 1) == 0);
+    const auto outwards = (lost > 0.0f) == (s > 0.0f);
+    return _to<T>(_from_bits<F>(inexact ? (outwards ? b + 1 : b - 1) : b));
+  } else {
+    return __builtin_elementwise_fma(x, y, z);
+  }
+#else
+  return __builtin_elementwise_fma(x, y, z);
+#endif
+}
+
+template <class F> MM_FN F fdim(F x, F y) { return x <= y ? (F)0.0f : x - y; }
+template <class F> MM_FN F round(F x) { return __builtin_elementwise_round(x); }
+
+// Binary exponent of |x| > 0 such that the significand is in [1, 2).
+template <class F> MM_FN _ints<F> _exponent(F x) {
+  const F a = _absolute(x);
+  const auto tiny = a < 0x1p-126f;
+  const _uints<F> u = _bits(tiny ? a * 0x1p24f : a);
+  return _from_bits<_ints<F>>(u >> 23) - (tiny ? (_ints<F>)151 : (_ints<F>)127);
+}
+template <class F> MM_FN _ints<F> ilogb(F x) {
+  const F a = _absolute(x);
+  const _ints<F> e = a < MM_INF ? _exponent(a) : (_ints<F>)0x7fffffff;
+  return a == 0.0f ? (_ints<F>)(-0x7fffffff - 1) : e;
+}
+template <class F> MM_FN F ldexp(F x, _ints<F> n) {
+  // The significand alone first: only the last product can round.
+  const _ints<F> e = _exponent(x);
+  n = n > 400 ? (_ints<F>)400 : n;
+  n = n < -400 ? (_ints<F>)-400 : n;
+  _ints<F> sum = e + n;
+  sum = sum > 200 ? (_ints<F>)200 : sum;
+  sum = sum < -200 ? (_ints<F>)-200 : sum;
+  const _ints<F> down = -e;
+  const _ints<F> down_half = down >> 1;
+  const F significand = x * _two_to<F>(down_half) * _two_to<F>(down - down_half);
+  const F a = _absolute(x);
+  return ((a == 0.0f) | !(a < MM_INF)) ? x : _scaled(significand, sum);
+}
+template <class F> MM_FN F frexp(F x, _ints<F>& exponent) {
+  const F a = _absolute(x);
+  const auto plain = (a > 0.0f) & (a < MM_INF);
+  const _ints<F> e = plain ? _exponent(x) + 1 : (_ints<F>)0;
+  exponent = e;
+  return plain ? _math::ldexp(x, -e) : x;
+}
+template <class F> MM_FN F modf(F x, F& whole) {
+  whole = __builtin_elementwise_trunc(x);
+  const F rest = _absolute(x) == MM_INF ? (F)0.0f : x - whole;
+  return _with_sign(rest, x);
+}
+
+// The next value of T after x in the direction of y.
+template <class T> MM_FN T nextafter(T x, T y) {
+  typedef _floats<T> F;
+  typedef _ints<T> I;
+  constexpr int width = 8 * sizeof(_elem<T>);
+  constexpr uint sign = 1u << (width - 1);
+  const F fx = _to<F>(x), fy = _to<F>(y);
+  const I b = __builtin_bit_cast(I, _to<_uints<T>>(_bits(x)));
+  const I target = __builtin_bit_cast(I, _to<_uints<T>>(_bits(y)));
+  const I first = fy > fx ? (I)1 : (I)(int)(sign | 1u);
+  const I step = (fy > fx) == (fx > 0.0f) ? (I)1 : (I)-1;
+  I r = fx == 0.0f ? first : b + step;
+  r = fx == fy ? target : r;
+  r = fy != fy ? target : r;
+  r = fx != fx ? b : r;
+  return _from_bits<T>(_to<_same_uint<T>>(__builtin_bit_cast(_uints<T>, r)));
+}
+
+// The quotient's integer is exact while it has fewer than 24 bits; larger ones are taken off 22 bits at a time.
+template <class F> MM_FN F _remainder_once(F a, F b) {
+  const F r = _fused(-__builtin_elementwise_trunc(a / b), b, a);
+  return r < 0.0f ? r + b : r;
+}
+template <class F> MM_FN F fmod(F x, F y) {
+  F a = _absolute(x);
+  const F b = _absolute(y);
+  const auto valid = (a < MM_INF) & (b > 0.0f);
+  auto large = valid & (a >= b * 0x1p23f);
+  while (__builtin_expect(_any_of(large), false)) {
+    const F t = _scaled(b, _exponent(a) - _exponent(b) - 22);
+    a = large ? _remainder_once(a, t) : a;
+    large = valid & (a >= b * 0x1p23f);
+  }
+  const F r = a < b ? a : _remainder_once(a, b);
+  return valid ? _with_sign(r, x) : (F)MM_NAN;
+}
+
+}  // namespace _math
+}  // namespace metal
+
+#pragma float_control(pop)
