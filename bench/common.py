@@ -249,7 +249,6 @@ def table(title: str, rows: list[tuple[str, ...]]) -> None:
     print(f"\n{title}")
     for row in rows:
         cells = (
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         print("  " + "  ".join(cells))

@@ -98,9 +98,7 @@ def launches(device: str) -> list[tuple[str, ...]]:
         goal = GOALS.get(kind) if (name, clock) == ("dispatch_kernel, empty", "host") else None
         verdict = "" if goal is None else f"{'PASS' if times.median <= goal else 'OVER'} (≤ {goal:g})"
         save("dispatch", clock, name, times, device)
-        rows.append(
-            (device, name, clock, *(f"{v:.2f}" for v in (times.median, times.p20, times.p80)), verdict)
-        )
+        rows.append((device, name, clock, *(f"{v:.2f}" for v in (times.median, times.p20, times.p80)), verdict))
     return rows
 
 
@@ -136,9 +134,7 @@ def loading(device: str) -> list[tuple[str, ...]]:
         save("dispatch", "row", what, times, device)
         middle = statistics.median(samples)
         verdict = f"{'PASS' if middle <= goal else 'OVER'} (≤ {goal:g})"
-        rows.append(
-            (device, f"row: {what}", f"{middle:.2f}", f"{min(samples):.2f}", f"{max(samples):.2f}", verdict)
-        )
+        rows.append((device, f"row: {what}", f"{middle:.2f}", f"{min(samples):.2f}", f"{max(samples):.2f}", verdict))
     return rows
 
 
@@ -149,9 +145,7 @@ def _milliseconds(call: object) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; all that work here by default")
     parser.add_argument("--precompile", metavar="TARGET=DIR", help="only compile for TARGET into DIR")
     options = parser.parse_args()

@@ -78,9 +78,7 @@ def matmul(device: str) -> Example:
     lib = library("matmul", device)
 
     def launch() -> None:
-        dispatch_kernel(
-            lib, "matmul", threadgroups=(N // 8, M // 8), threads_per_threadgroup=32, args=[A, B, C, N, K]
-        )
+        dispatch_kernel(lib, "matmul", threadgroups=(N // 8, M // 8), threads_per_threadgroup=32, args=[A, B, C, N, K])
 
     return Example(launch, C, A.cpu().double() @ B.cpu().double(), 1e-3, f"C = A B, {M} x {N} x {K}")
 

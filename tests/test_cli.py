@@ -51,7 +51,9 @@ def test_help_does_not_import_torch(arguments: list[str]) -> None:
 
 
 def test_script_is_installed_as_module() -> None:
-    result = subprocess.run([sys.executable, "-m", "metal_marlin", "--version"], capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run(
+        [sys.executable, "-m", "metal_marlin", "--version"], capture_output=True, text=True, cwd=ROOT
+    )
     assert result.stdout.strip() == f"metal-marlin {__version__}", result.stderr
 
 
@@ -83,7 +85,10 @@ class TestRun:
             ([*SAXPY_RUN, *SAXPY_ARGS[:4], "--arg", "a"], "'a' is not NAME=VALUE"),
             ([*SAXPY_RUN, *SAXPY_ARGS, "--threadgroups", "3"], "either --threads or --threadgroups"),
             ([*SAXPY_RUN, *SAXPY_ARGS, "--save", "z=z.npy"], "'z' is not one of the tensors"),
-            (["run", SAXPY, *SAXPY_ARGS, "--threads", "7", "--threads-per-threadgroup", "a"], "one to three numbers"),
+            (
+                ["run", SAXPY, *SAXPY_ARGS, "--threads", "7", "--threads-per-threadgroup", "a"],
+                "one to three numbers",
+            ),
             ([*SAXPY_RUN, *SAXPY_ARGS, "--device", "abacus"], "unknown device 'abacus'"),
         ],
     )
@@ -109,7 +114,8 @@ class TestArguments:
         return parse_value(text, torch.Generator().manual_seed(1))
 
     @pytest.mark.parametrize(
-        ("text", "expected"), [("5", 5), ("-3", -3), ("0x10", 16), ("2.5", 2.5), ("1e-3", 1e-3), ("true", True)]
+        ("text", "expected"),
+        [("5", 5), ("-3", -3), ("0x10", 16), ("2.5", 2.5), ("1e-3", 1e-3), ("true", True)],
     )
     def test_scalars(self, text: str, expected: object) -> None:
         value = self.value(text)
@@ -122,7 +128,9 @@ class TestArguments:
         assert torch.equal(self.value("randn:7"), self.value("randn:7"))
         assert self.value("ones:3").tolist() == [1, 1, 1]
 
-    @pytest.mark.parametrize("text", ["zeros", "zeros:4:float33", "zeros:4:nn", "nines:4", "zeros:4:float32:x", "missing.npy"])
+    @pytest.mark.parametrize(
+        "text", ["zeros", "zeros:4:float33", "zeros:4:nn", "nines:4", "zeros:4:float32:x", "missing.npy"]
+    )
     def test_bad_values(self, text: str) -> None:
         with pytest.raises(ArgumentError, match=r".+"):
             self.value(text)
@@ -151,7 +159,7 @@ class TestCompile:
         source = tmp_path / "two.metal"
         source.write_text(
             "#include <metal_stdlib>\n"
-            "template <int N> kernel void f(device float* x) { static_assert(N > 1, \"N too small\"); x[0] = N; }\n"
+            'template <int N> kernel void f(device float* x) { static_assert(N > 1, "N too small"); x[0] = N; }\n'
             'template [[host_name("good")]] kernel void f<2>(device float*);\n'
             'template [[host_name("bad")]] kernel void f<1>(device float*);\n'
         )
@@ -286,7 +294,10 @@ class TestKernels:
 def test_op_specs_come_from_op_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     one = OpSpec("one", "a.metal", torch.ones_like, [])
     two = OpSpec("two", "a.metal", torch.ones_like, [], kernels=("two*", "b"))
-    modules = {"metal_marlin.ops.x": SimpleNamespace(OP=one), "metal_marlin.ops.y": SimpleNamespace(OP=(two,))}
+    modules = {
+        "metal_marlin.ops.x": SimpleNamespace(OP=one),
+        "metal_marlin.ops.y": SimpleNamespace(OP=(two,)),
+    }
     monkeypatch.setattr(inventory_module.pkgutil, "iter_modules", lambda path: [SimpleNamespace(name=n) for n in "xyz"])
     monkeypatch.setattr(inventory_module.importlib, "import_module", lambda n: modules.get(n, SimpleNamespace()))
     assert inventory_module.op_specs() == [one, two]

@@ -101,7 +101,9 @@ def function_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Lines from ``def`` to the end, without the docstring."""
     assert node.end_lineno is not None
     first = node.body[0]
-    docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+    docstring = (
+        isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+    )
     skipped = (first.end_lineno or 0) - first.lineno + 1 if docstring else 0
     return node.end_lineno - node.lineno + 1 - skipped
 

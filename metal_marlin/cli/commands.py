@@ -150,8 +150,8 @@ def run(
     from metal_marlin.cli import run as command
 
     options = command.Options(
-        file, kernel, threads, threadgroups, threads_per_threadgroup, arg or [], threadgroup_memory or [], constant or [],
-        device, lanes, seed, save or [],
+        file, kernel, threads, threadgroups, threads_per_threadgroup, arg or [], threadgroup_memory or [],
+        constant or [], device, lanes, seed, save or [],
     )  # fmt: skip
     command.run(options)
 

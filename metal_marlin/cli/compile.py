@@ -18,7 +18,12 @@ from metal_marlin.runtime.library import MetalKernelLibrary, source_files
 
 
 def run(
-    targets: list[str], out: Path, files: list[Path], kernels: list[str], constants: list[str], lanes: int | None
+    targets: list[str],
+    out: Path,
+    files: list[Path],
+    kernels: list[str],
+    constants: list[str],
+    lanes: int | None,
 ) -> int:
     """Exit status: 1 when a kernel did not compile. The other kernels are stored all the same."""
     start = time.perf_counter()

@@ -29,17 +29,13 @@ kernel void smoke(device const float* x, device float* y, constant float& a, uin
 
 def run(*, as_json: bool) -> int:
     """Exit status: 1 when no device runs the smoke kernel."""
-    report = {
-        "versions": _versions(),
-        "compiler": _compiler(),
-        "cache": _cache(),
-        "devices": [_device(kind) for kind in kinds()],
-    }
+    devices = [_device(kind) for kind in kinds()]
+    report = {"versions": _versions(), "compiler": _compiler(), "cache": _cache(), "devices": devices}
     if as_json:
         print_json(report)
     else:
         _show(report)
-    return 0 if any(device["status"] == "PASS" for device in report["devices"]) else 1
+    return 0 if any(device["status"] == "PASS" for device in devices) else 1
 
 
 def _versions() -> dict[str, str]:
@@ -102,7 +98,13 @@ def _show(report: dict[str, Any]) -> None:
     compiler, cache = report["compiler"], report["cache"]
     rows: list[list[Any]] = []
     for device in report["devices"]:
-        rows.append([device["device"], _mark(device), device["reason"] or f"smoke kernel correct on {device['target']}"])
+        rows.append(
+            [
+                device["device"],
+                _mark(device),
+                device["reason"] or f"smoke kernel correct on {device['target']}",
+            ]
+        )
     rows.append(["compiler", _mark(compiler), compiler["reason"] or f"{compiler['version']} ({compiler['command']})"])
     kept = "" if cache["reason"] else f"{cache['directory']}: {cache['files']} files, {size(cache['bytes'])}"
     rows.append(["cache", _mark(cache), cache["reason"] or kept])

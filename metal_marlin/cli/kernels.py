@@ -19,10 +19,7 @@ def run(*, as_json: bool, audit: Path | None) -> int:
         return 0
     print_table(
         ["kernel", "file", "core", "op", "cases", "bench", "devices"],
-        [
-            [k.name, k.file, k.core or "", k.op or "", len(k.cases), k.bench or "", " ".join(k.devices)]
-            for k in found
-        ],
+        [[k.name, k.file, k.core or "", k.op or "", len(k.cases), k.bench or "", " ".join(k.devices)] for k in found],
         right=("cases",),
     )
     console.print(f"{len(found)} kernels in {len({k.file for k in found})} files")

@@ -103,7 +103,14 @@ def _summary(name: str, after: torch.Tensor, before: torch.Tensor) -> list[str]:
     wide = after.double().flatten()
     figures = [f"{figure.item():.6g}" for figure in (wide.min(), wide.max(), wide.mean())]
     first = " ".join(f"{value:.6g}" for value in wide[:6].tolist())
-    return [name, dtype, shape, "yes" if written else "no", *figures, first + (" …" if wide.numel() > 6 else "")]
+    return [
+        name,
+        dtype,
+        shape,
+        "yes" if written else "no",
+        *figures,
+        first + (" …" if wide.numel() > 6 else ""),
+    ]
 
 
 def _save(text: str, values: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from metal_marlin.errors import CompilerNotFound, MetalCompileError
+from metal_marlin.msl import operands
 from metal_marlin.msl.target import Target
 
 _ENV = "METAL_MARLIN_CLANG"
@@ -32,6 +33,7 @@ _COMMON = (
     "-Wno-duplicate-decl-specifier",
     "-Wno-unknown-pragmas",
     "-fno-caret-diagnostics",
+    *operands.FLAGS,
     "-fno-ident",
     "-mllvm",
     "-inline-threshold=100000",
@@ -51,8 +53,22 @@ _CPU_MATHS = (
 def flags(target: Target) -> tuple[str, ...]:
     """Compiler flags of a target; part of every cache key."""
     if target.kind == "cuda":
-        arch = ("-Xclang", "-target-cpu", "-Xclang", target.arch, "-Xclang", "-target-feature", "-Xclang", "+ptx80")
-        short = ("-Xclang", "-fcuda-short-ptr", "-mllvm", "-nvptx-short-ptr")  # threadgroup addresses in 32 bits
+        arch = (
+            "-Xclang",
+            "-target-cpu",
+            "-Xclang",
+            target.arch,
+            "-Xclang",
+            "-target-feature",
+            "-Xclang",
+            "+ptx80",
+        )
+        short = (
+            "-Xclang",
+            "-fcuda-short-ptr",
+            "-mllvm",
+            "-nvptx-short-ptr",
+        )  # threadgroup addresses in 32 bits
         return (*_COMMON, "-target", "nvptx64-nvidia-cuda", *arch, *short, "-O3")
     machine = "aarch64" if target.arch == "aarch64" else "x86_64"
     level = () if target.arch == "aarch64" else ("-Xclang", "-target-cpu", "-Xclang", target.arch)
@@ -82,24 +98,39 @@ class Compiler:
             out = Path(folder) / ("row.ptx" if target.kind == "cuda" else "row.o")
             mode = "-S" if target.kind == "cuda" else "-c"
             words = [*flags(target), *_macros(defines), "-I", str(stdlib_dir), mode, "-", "-o", str(out)]
-            self._run((*self.command, *words), text, name)
+            self._mended((*self.command, *words), text, name, str(stdlib_dir))
             if target.kind == "cpu":
                 shared = out.with_suffix(".so")
                 self._run((*self.linker, "-shared", "--hash-style=gnu", "-s", str(out), "-o", str(shared)), "", name)
                 out = shared
             return out.read_bytes()
 
+    def _mended(self, words: Sequence[str], text: str, name: str, stdlib: str) -> None:
+        """Compile, converting the scalar operands that only the compiler can tell need it."""
+        for _ in range(operands.ROUNDS):
+            done = self._call(words, text)
+            if done.returncode == 0:
+                return
+            mended = operands.mend(text, done.stderr, stdlib)
+            if mended is None:
+                break
+            text = mended
+        raise MetalCompileError(_readable(done.stderr, name))
+
     def _run(self, words: Sequence[str], text: str, name: str) -> subprocess.CompletedProcess[str]:
-        env = {**os.environ, "LC_ALL": "C"}
-        try:
-            done = subprocess.run(words, input=text, capture_output=True, text=True, timeout=_TIMEOUT, env=env)
-        except subprocess.TimeoutExpired:
-            raise MetalCompileError(f"kernel '{name}': the compiler took more than {_TIMEOUT} s") from None
-        except OSError as error:
-            raise CompilerNotFound(f"cannot run {words[0]}: {error}; {_INSTALL}") from None
+        done = self._call(words, text)
         if done.returncode:
             raise MetalCompileError(_readable(done.stderr, name))
         return done
+
+    def _call(self, words: Sequence[str], text: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "LC_ALL": "C"}
+        try:
+            return subprocess.run(words, input=text, capture_output=True, text=True, timeout=_TIMEOUT, env=env)
+        except subprocess.TimeoutExpired:
+            raise MetalCompileError(f"the compiler took more than {_TIMEOUT} s") from None
+        except OSError as error:
+            raise CompilerNotFound(f"cannot run {words[0]}: {error}; {_INSTALL}") from None
 
 
 def _macros(defines: Mapping[str, str]) -> list[str]:
@@ -108,7 +139,11 @@ def _macros(defines: Mapping[str, str]) -> list[str]:
 
 def _readable(stderr: str, name: str) -> str:
     """The compiler's words without our own macros and the temporary file."""
-    lines = [line for line in stderr.splitlines() if not re.match(r"\d+ (error|warning)s? generated", line)]
+    lines = [
+        line
+        for line in operands.readable(stderr).splitlines()
+        if not re.match(r"\d+ (error|warning)s? generated", line)
+    ]
     errors = [line for line in lines if "error:" in line] or lines
     head = f"kernel '{name}' does not compile" if name else "the source does not preprocess"
     return "\n  ".join([f"{head}: {errors[0] if errors else 'unknown error'}", *lines])
@@ -122,7 +157,9 @@ def _probe(path: str) -> Compiler | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     found = re.search(r"clang version (\d+)\.(\d+)\.(\d+)", text)
-    linker = shutil.which("ld.lld", path=os.pathsep.join([str(Path(path).resolve().parent), os.environ.get("PATH", "")]))
+    linker = shutil.which(
+        "ld.lld", path=os.pathsep.join([str(Path(path).resolve().parent), os.environ.get("PATH", "")])
+    )
     if found is None or int(found[1]) < _OLDEST or linker is None:
         return None
     return Compiler((path,), (linker,), f"clang-{found[1]}.{found[2]}.{found[3]}")
@@ -148,7 +185,9 @@ def find_compiler() -> Compiler:
     if chosen:
         compiler = _probe(shutil.which(chosen) or chosen)
         if compiler is None:
-            raise CompilerNotFound(f"{_ENV}={chosen} is not a working clang >= {_OLDEST} with ld.lld beside it or on PATH")
+            raise CompilerNotFound(
+                f"{_ENV}={chosen} is not a working clang >= {_OLDEST} with ld.lld beside it or on PATH"
+            )
         return compiler
     compiler = _ziglang()
     if compiler is None:

@@ -48,7 +48,9 @@ def _type_table(kernel: Kernel, program: Program) -> str:
         if p.role in ("buffer", "value")
     )
     body = ",\n  ".join(rows)
-    return f'{aliases}\nextern "C" __attribute__((used, visibility("default"))) constexpr int mm_types[] = {{\n  {body}}};'
+    return (
+        f'{aliases}\nextern "C" __attribute__((used, visibility("default"))) constexpr int mm_types[] = {{\n  {body}}};'
+    )
 
 
 def _argument(index: int, param: Param, address: str) -> str:
@@ -87,7 +89,7 @@ def _cpu_entry(kernel: Kernel, by_pointer: frozenset[str]) -> list[str]:
 
 
 def _cuda_entry(kernel: Kernel, by_pointer: frozenset[str]) -> list[str]:
-    arguments, declared, slot, dynamic = ["c.arena()"], [], 0, 0
+    arguments, declared, blobs, slot, dynamic = ["c.arena()"], [], [], 0, 0
     for i, param in enumerate(kernel.params):
         if param.role == "position":
             arguments.append(_position(i, param))
@@ -95,8 +97,10 @@ def _cuda_entry(kernel: Kernel, by_pointer: frozenset[str]) -> list[str]:
             arguments.append(_argument(i, param, f"c.arena() + d{dynamic}"))
             dynamic += 1
         elif param.role == "value" and param.name not in by_pointer:
-            declared.append(f"MM_P{i} a{slot}")
-            arguments.append(f"a{slot}")
+            # bytes, since OpenCL takes no type with a bool in it as a kernel parameter
+            blobs.append(f"struct alignas(alignof(MM_P{i})) mm_blob{i} {{ uchar bytes[sizeof(MM_P{i})]; }};")
+            declared.append(f"mm_blob{i} a{slot}")
+            arguments.append(_argument(i, param, f"&a{slot}"))
             slot += 1
         else:
             declared.append(f"__global char* a{slot}")
@@ -106,6 +110,7 @@ def _cuda_entry(kernel: Kernel, by_pointer: frozenset[str]) -> list[str]:
     call = ",\n    ".join(arguments)
     return [
         '#include "mm_entry_nvptx.h"',
+        *blobs,
         "#ifdef MM_TAILS",
         f"#define MM_TOTALS {', ' if declared else ''}uint t0, uint t1, uint t2",
         "#else",
@@ -125,7 +130,9 @@ def _cuda_entry(kernel: Kernel, by_pointer: frozenset[str]) -> list[str]:
 
 def read_types(binary: bytes, kernel: Kernel, program: Program) -> tuple[ParamMeta, ...]:
     """Types of the bound parameters as the compiler stated them. Raises MetalCompileError if the table is absent."""
-    words = _ptx_words(binary) or _object_words(binary)
+    words = _ptx_words(binary)
+    if words is None:
+        words = _object_words(binary)
     if words is None:
         raise MetalCompileError(f"{kernel.file}:{kernel.line}: the compiled row '{kernel.name}' carries no type table")
     at = iter(words)

@@ -15,9 +15,7 @@ FLAGS = ("-fdiagnostics-print-source-range-info", "-ferror-limit=0")
 ROUNDS = 12  # an operand inside another mended operand shows only after that one is mended
 _RANGE = r"\{(\d+):(\d+)-(\d+):(\d+)\}"
 _RANK = r"scalar operand type has greater rank than the type of the vector element\."
-_REFUSED = re.compile(
-    rf"^(?P<file>[^\n]*?):\d+:\d+:{_RANGE}{_RANGE}: error: {_RANK} \('(?P<first>[^\n]*)$", re.M
-)
+_REFUSED = re.compile(rf"^(?P<file>[^\n]*?):\d+:\d+:{_RANGE}{_RANGE}: error: {_RANK} \('(?P<first>[^\n]*)$", re.M)
 _RANGES = re.compile(r"(:\d+:\d+:)(?:\{[^{}]*\})+:")
 
 
@@ -38,9 +36,7 @@ def mend(text: str, stderr: str, stdlib: str) -> str | None:
             continue
         at = [int(n) for n in message.groups()[1:9]]
         first, second = ((starts[a - 1] + b - 1, starts[c - 1] + d - 1) for a, b, c, d in (at[:4], at[4:]))
-        vector, scalar = (
-            (first, second) if "(vector of" in message["first"].split(" and ")[0] else (second, first)
-        )
+        vector, scalar = (first, second) if "(vector of" in message["first"].split(" and ")[0] else (second, first)
         found[scalar] = data[slice(*vector)]
     out, end = b"", 0
     for (a, b), vector_text in sorted(found.items()):

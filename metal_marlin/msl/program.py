@@ -66,7 +66,10 @@ class Unit:
 
     @staticmethod
     def _flat(
-        flatten: Callable[[Flattener], str], name: str, defines: Mapping[str, str], include_dirs: Sequence[Path]
+        flatten: Callable[[Flattener], str],
+        name: str,
+        defines: Mapping[str, str],
+        include_dirs: Sequence[Path],
     ) -> Unit:
         flattener = Flattener(include_dirs)
         marked = flatten(flattener)
@@ -173,9 +176,7 @@ class RowRequest:
         return [self.name, str(self.target), self.lanes, constants, self.tails, self.by_pointer]
 
 
-def resolve_constants(
-    declared: Iterable[FunctionConstant], given: Mapping[str | int, object]
-) -> dict[str, str]:
+def resolve_constants(declared: Iterable[FunctionConstant], given: Mapping[str | int, object]) -> dict[str, str]:
     """Literals by name. Raises MetalCompileError for a constant that the source does not declare."""
     declared = list(declared)
     out: dict[str, str] = {}

@@ -214,7 +214,7 @@ class Reflection:
         self.definitions[name] = Definition(first, i, i + 1, body, template)
         if not template:
             attributes = self._attributes(first, i)
-            self._add(attributes.get("host_name", "").strip('"') or src.at(i), name, "", i)
+            self._add(_unquoted(attributes.get("host_name", "")) or src.at(i), name, "", i)
 
     def _instantiation(self, first: int, last: int, scope: str) -> None:
         src = self.source
@@ -236,7 +236,7 @@ class Reflection:
             start -= 2
         function = scope + src.slice(start, found[0] + 1).replace(" ", "")
         arguments = src.slice(found[0] + 1, found[1] + 1)
-        host = self._attributes(first, last).get("host_name", "").strip('"') or function + arguments.replace(" ", "")
+        host = _unquoted(self._attributes(first, last).get("host_name", "")) or function + arguments.replace(" ", "")
         self._rows.append((host, function, arguments, found[0]))
 
     def _instantiate(self) -> None:
@@ -364,6 +364,11 @@ def _fields(src: Source, a: int, b: int) -> list[tuple[str, str]]:
         if src.is_name(stop - 1):
             out.append((type_name, src.at(stop - 1)))
     return out
+
+
+def _unquoted(text: str) -> str:
+    """Adjacent string literals as one string."""
+    return "".join(re.findall(r'"((?:\\.|[^"\\])*)"', text))
 
 
 def _integer(text: str | None) -> int | None:

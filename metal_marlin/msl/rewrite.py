@@ -17,12 +17,24 @@ from metal_marlin.msl.reflect import Definition, Reflection
 
 _ELEMENTS = "bool char uchar short ushort int uint long ulong half float bfloat".split()
 VECTORS = frozenset(f"{e}{n}" for e in _ELEMENTS for n in (2, 3, 4))
-_KEPT_ATTRIBUTES = ("maybe_unused", "nodiscard", "fallthrough", "clang", "gnu", "likely", "unlikely", "no_unique_address")
+_KEPT_ATTRIBUTES = (
+    "maybe_unused",
+    "nodiscard",
+    "fallthrough",
+    "clang",
+    "gnu",
+    "likely",
+    "unlikely",
+    "no_unique_address",
+)
 # words that OpenCL reserves and Metal does not
 _RENAMED = frozenset("global local generic pipe read_only write_only read_write vec_step queue_t event_t".split())
 _NOT_A_CAST = frozenset("sizeof alignof alignas decltype typeid noexcept requires operator if while for switch".split())
 _LOGICAL = ("==", "!=", "<", ">", "<=", ">=", "!", "&&", "||")
 _CAST_AFTER = frozenset("return else case do co_return".split())
+_SCALARS = frozenset(
+    "bool char uchar short ushort int uint long ulong half float bfloat unsigned signed size_t".split()
+)
 
 
 def rewrite(source: Source, reflection: Reflection, constants: Mapping[str, str]) -> str:
@@ -36,7 +48,9 @@ class _Rewriter:
         self.reflection = reflection
         self.constants = constants
         self.edits = Edits(source.text)
-        self.types = VECTORS | self._aliases()
+        # half and bfloat too: clang converts neither into the other
+        self.types = VECTORS | self._aliases() | {"half", "bfloat"}
+        self.casts: set[int] = set()  # the closing parentheses of rewritten casts
         self.alias_templates = self._alias_templates() | {"vec"}
 
     def run(self) -> str:
@@ -107,6 +121,9 @@ class _Rewriter:
 
     def _constant(self, i: int) -> None:
         src, j = self.src, i + 1
+        if src.at(j) in ("{", ";"):  # a method for objects in constant memory
+            self._span(i, j, "__generic")
+            return
         while j < len(src):
             text = src.at(j)
             if text == "<":
@@ -120,8 +137,22 @@ class _Rewriter:
             elif text in ("=", "[", "{", ";", "("):
                 break
             j += 1
+        if src.at(j) == "[":
+            self._constant_array(i, j - 1)
         near = {src.at(k) for k in range(max(i - 3, 0), i + 3)}
         self._span(i, i + 1, "" if "constexpr" in near else "constexpr")
+
+    def _constant_array(self, i: int, name: int) -> None:
+        """clang puts arrays at program scope into device memory: the name becomes a reference to a generic address."""
+        src, end = self.src, name
+        while src.at(end) not in (";", ",", ""):
+            end = src.match[end] + 1 if src.at(end) in "([{" else end + 1
+        if src.at(end) != ";" or not src.is_name(name):
+            return
+        array = f"mm_in_{src.at(name)}"
+        self._span(name, name + 1, array)
+        reference = f" static constexpr const __generic metal::_value<decltype({array})>& {src.at(name)} = {array};"
+        self.edits.insert(src.tokens[end].end, reference)
 
     def _function_constant(self, i: int) -> None:
         """`constant T name [[function_constant(k)]];` gets its value; the attribute becomes the initialiser."""
@@ -170,6 +201,7 @@ class _Rewriter:
                 self._check_comma(end + 2)
                 self._truth(end + 2, inside=False)
             tokens = src.tokens
+            self.casts.add(end + 1)
             self.edits.replace(tokens[start - 1].start, tokens[start - 1].end, " metal::_cast<")
             self.edits.replace(tokens[end + 1].start, tokens[end + 1].end, ">{} ->* ")
 
@@ -190,7 +222,11 @@ class _Rewriter:
         found, i = False, opened + 1
         while i < closed:
             text = src.at(i)
-            if text == ",":
+            angle = src.close_angle(i) if text == "<" else None
+            if angle is not None and src.at(angle + 1) in ("(", "::", "{"):
+                i = angle + 1  # template arguments
+                continue
+            if text in (",", "?"):
                 return
             found = found or text in _LOGICAL
             i = src.match[i] + 1 if text in "([{" else i + 1
@@ -205,14 +241,31 @@ class _Rewriter:
     def _is_cast(self, opened: int, closed: int) -> bool:
         src = self.src
         before, after = src.at(opened - 1), src.at(closed + 1)
-        if before in _NOT_A_CAST or before in (")", "]"):
+        if before in _NOT_A_CAST or before == "]":
+            return False
+        if before == ")" and not self._closes_cast(opened - 1):
             return False
         if src.is_name(opened - 1) and before not in _CAST_AFTER:
             return False
         if before == ">" and src.tokens[opened - 1].end == src.tokens[opened].start:
             return False
         operand = closed + 1 < len(src) and src.tokens[closed + 1].kind in ("name", "number")
-        return (operand and after not in ("const", "override")) or after in ("(", "-", "+", "~", "!", "*", "&", "::", "++", "--")
+        return (operand and after not in ("const", "override")) or after in (
+            "(",
+            "-",
+            "+",
+            "~",
+            "!",
+            "*",
+            "&",
+            "::",
+            "++",
+            "--",
+        )
+
+    def _closes_cast(self, closed: int) -> bool:
+        words = {self.src.at(j) for j in range(self.src.match[closed] + 1, closed)}
+        return closed in self.casts or (bool(words) and words <= _SCALARS)
 
     def _check_comma(self, i: int) -> None:
         src = self.src
@@ -277,7 +330,9 @@ class _Rewriter:
                 raise MetalCompileError(f"{src.where(i)}: cannot read this threadgroup declaration")
             kind, offset, after = f"mm_tg{count}_t", f"mm_tg{count}", f"mm_tg{count}_end"
             layout += f"typedef {src.slice(i + 1, type_end)} {kind} {src.slice(name + 1, b)}; "
-            layout += f"constexpr uint {offset} = mm_align({end}, alignof({kind})), {after} = {offset} + sizeof({kind}); "
+            layout += (
+                f"constexpr uint {offset} = mm_align({end}, alignof({kind})), {after} = {offset} + sizeof({kind}); "
+            )
             layout += f"MM_ARENA({after}); "
             local += f"__local {kind}& {src.at(name)} = *(__local {kind}*)(mm_arena + {offset}); "
             count, end = count + 1, after

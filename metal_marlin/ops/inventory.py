@@ -24,7 +24,7 @@ _CORE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"core/(\w+)\.h"', re.M)
 @dataclass(frozen=True)
 class KernelInfo:
     """One row: ``file`` of src/, ``core`` header its algorithm lives in, ``op`` that launches it, dotted path of the
-    ``reference``, ids of the ``cases``, path of the ``bench``, ``devices`` that have the row. None and empty: no op yet.
+    ``reference``, ids of the ``cases``, path of the ``bench``, ``devices`` that have the row. None, empty: no op yet.
     """
 
     name: str

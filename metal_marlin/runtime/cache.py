@@ -73,10 +73,10 @@ class RowCache:
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(_MAGIC + hashlib.sha256(body).digest() + body)
-            os.replace(name, self.directory / f"{key}-{tag}{_SUFFIX}")
+            Path(name).replace(self.directory / f"{key}-{tag}{_SUFFIX}")
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(name)
+                Path(name).unlink()
             raise
 
     def clear(self) -> int:
@@ -116,10 +116,15 @@ class RowCache:
             return
         state = folder.stat()
         if state.st_uid not in (os.getuid(), 0):
-            raise MetalMarlinError(f"cache {folder} belongs to user {state.st_uid}, not to you; set {_ENV} to a folder of yours")
+            raise MetalMarlinError(
+                f"cache {folder} belongs to user {state.st_uid}, not to you; set {_ENV} to a folder of yours"
+            )
         if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             mode = stat.S_IMODE(state.st_mode)
-            raise MetalMarlinError(f"cache {folder} may be written by others (mode {mode:o}); compiled kernels from it are native code: chmod go-w it")
+            raise MetalMarlinError(
+                f"cache {folder} may be written by others (mode {mode:o}); compiled kernels from it are native code: "
+                f"chmod go-w it"
+            )
         self._trusted.add(folder)
 
 

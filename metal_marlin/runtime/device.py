@@ -15,6 +15,9 @@ from metal_marlin.errors import NoDeviceError
 class Executable(Protocol):
     """A loaded row."""
 
+    def check(self, grid: tuple[int, int, int], tptg: tuple[int, int, int]) -> None:
+        """Raise ArgumentError for a launch shape that the device cannot run; called once for each new one."""
+
     def launch(
         self,
         arguments: list[int | bytes],
@@ -44,7 +47,7 @@ def kinds() -> list[str]:
     return sorted(found, key=lambda kind: kind == "cpu")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def device_module(kind: str) -> ModuleType:
     """The module of a device kind. Raises NoDeviceError for a kind that does not exist."""
     if kind not in kinds():

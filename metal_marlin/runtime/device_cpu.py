@@ -139,9 +139,10 @@ class Executable:
         dynamic: list[int],
     ) -> None:
         frame = self._frame
-        args, keep = frame.args, []
+        args = frame.args
+        keep: list[object] = []
         for i, argument in enumerate(arguments):
-            args[i] = _aligned(argument, keep) if type(argument) is bytes else argument
+            args[i] = _aligned(argument, keep) if isinstance(argument, bytes) else argument
         shape = (grid, tptg, threads, tuple(dynamic), torch.get_num_threads(), _pool.address)  # type: ignore[union-attr]
         block = frame.blocks.get(shape)
         if block is None:
@@ -154,7 +155,14 @@ class Executable:
             )
 
     def _block(
-        self, frame: _Frame, grid: Dim3, tptg: Dim3, threads: Dim3, dynamic: tuple[int, ...], pool_threads: int, gomp: int
+        self,
+        frame: _Frame,
+        grid: Dim3,
+        tptg: Dim3,
+        threads: Dim3,
+        dynamic: tuple[int, ...],
+        pool_threads: int,
+        gomp: int,
     ) -> tuple[int, object]:
         """The launch block of a shape; offsets of dynamic threadgroup arguments go behind the bound arguments."""
         arena, bound = self.meta.threadgroup_bytes, len(self.meta.params)

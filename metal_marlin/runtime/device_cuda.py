@@ -71,9 +71,7 @@ def target(index: int) -> Target:
     capability = device.capability
     if capability < OLDEST_CAPABILITY:
         have, need = (f"{major}.{minor}" for major, minor in (capability, OLDEST_CAPABILITY))
-        raise NoDeviceError(
-            f"cuda:{index} ({device.name}) has compute capability {have}; {need} is the oldest usable"
-        )
+        raise NoDeviceError(f"cuda:{index} ({device.name}) has compute capability {have}; {need} is the oldest usable")
     if capability == (9, 0):
         return Target.parse("cuda:sm_90a")
     major, minor = min(capability, _NEWEST_PORTABLE)
@@ -238,9 +236,7 @@ class Executable:
         if min(tptg) < 1 or any(map(int.__gt__, tptg, _MAX_BLOCK)):
             raise ArgumentError(f"{name}: threads_per_threadgroup {tptg}; each must be 1 to {_MAX_BLOCK}")
         if count > min(limit or _MAX_THREADS, _MAX_THREADS):
-            why = (
-                f"the GPU allows {_MAX_THREADS}" if limit is None else f"the kernel declares {limit} at most"
-            )
+            why = f"the GPU allows {_MAX_THREADS}" if limit is None else f"the kernel declares {limit} at most"
             raise ArgumentError(f"{name}: {count} threads per threadgroup {tptg}; {why}")
         if min(grid) < 0 or any(map(int.__gt__, grid, _MAX_GRID)):
             raise ArgumentError(f"{name}: {grid} threadgroups; cuda allows at most {_MAX_GRID}")

@@ -109,9 +109,7 @@ def argument(value: torch.Tensor | bytes) -> torch.Tensor | list[int]:
     """
     if isinstance(value, torch.Tensor):
         if not value.is_contiguous():
-            raise ArgumentError(
-                f"tensor of shape {tuple(value.shape)} with strides {value.stride()} is not contiguous"
-            )
+            raise ArgumentError(f"tensor of shape {tuple(value.shape)} with strides {value.stride()} is not contiguous")
         return value
     if not 0 < len(value) <= _MAX_BYTES:
         raise ArgumentError(f"a value of {len(value)} bytes; Metal binds 1 to {_MAX_BYTES}, pass a tensor")
@@ -128,16 +126,12 @@ def check_group(name: str, tptg: Dim3, limit: int) -> None:
         )
 
 
-def reject_unsupported(
-    name: str, params: Sequence[ParamMeta], dynamic: Sequence[tuple[str, int]], source: str
-) -> None:
+def reject_unsupported(name: str, params: Sequence[ParamMeta], dynamic: Sequence[tuple[str, int]], source: str) -> None:
     """Raise ArgumentError for what Metal can do but torch.mps.compile_shader offers no way to ask for."""
     said = f"kernel {name!r} cannot run on mps: torch.mps.compile_shader"
     if dynamic:
         names = ", ".join(item for item, _ in dynamic)
-        raise ArgumentError(
-            f"{said} sets no size of threadgroup arguments ({names}); declare an array in the kernel"
-        )
+        raise ArgumentError(f"{said} sets no size of threadgroup arguments ({names}); declare an array in the kernel")
     if _FUNCTION_CONSTANT.search(source):
         raise ArgumentError(f"{said} sets no function constants; use a template or a macro")
     slots = sorted(param.index for param in params)
@@ -147,9 +141,7 @@ def reject_unsupported(
         raise ArgumentError(f"{said} binds {_MAX_ARGUMENTS} arguments at most, the kernel has {len(slots)}")
     large = next((p for p in params if p.kind == "value" and p.type.size > _MAX_BYTES), None)
     if large is not None:
-        raise ArgumentError(
-            f"{said} passes at most {_MAX_BYTES} bytes by value, {large.name} has {large.type.size}"
-        )
+        raise ArgumentError(f"{said} passes at most {_MAX_BYTES} bytes by value, {large.name} has {large.type.size}")
 
 
 def mps_tensor_to_metal_buffer(tensor: torch.Tensor) -> tuple[Any, int]:
@@ -162,9 +154,7 @@ def mps_tensor_to_metal_buffer(tensor: torch.Tensor) -> tuple[Any, int]:
     if tensor.device.type != "mps":
         raise ArgumentError(f"the tensor is on {tensor.device}; only tensors on mps live in a Metal buffer")
     if not tensor.is_contiguous():
-        raise ArgumentError(
-            f"tensor of shape {tuple(tensor.shape)} with strides {tensor.stride()} is not contiguous"
-        )
+        raise ArgumentError(f"tensor of shape {tuple(tensor.shape)} with strides {tensor.stride()} is not contiguous")
     try:
         import objc
     except ImportError:

@@ -114,7 +114,11 @@ class Binding:
         self.meta, executable = library.load(name)
         self.slots = [_Slot(p) for p in self.meta.params]
         self.names = {s.param.name: i for i, s in enumerate(self.slots) if s.param.enabled}
-        self.device = torch.device(library.device.kind, library.device.index) if library.device.kind != "cpu" else torch.device("cpu")
+        self.device = (
+            torch.device(library.device.kind, library.device.index)
+            if library.device.kind != "cpu"
+            else torch.device("cpu")
+        )
         self.by_pointer_matters = library.device.kind == "cuda"
         self._executables: dict[tuple[bool, tuple[str, ...]], Any] = {(False, ()): executable}
         self._ready: dict[tuple[Grid, tuple[str, ...]], Any] = {}  # launches whose shape was checked
@@ -181,7 +185,11 @@ class Binding:
             if unknown or missing:
                 raise ArgumentError(
                     f"kernel '{self.name}': "
-                    + "; ".join(f"{what} argument {', '.join(n)}" for what, n in (("unknown", unknown), ("missing", missing)) if n)
+                    + "; ".join(
+                        f"{what} argument {', '.join(n)}"
+                        for what, n in (("unknown", unknown), ("missing", missing))
+                        if n
+                    )
                     + f"; it takes {', '.join(self.names) or 'none'}"
                 )
             values = [None if v is _MISSING else v for v in values]
@@ -190,7 +198,9 @@ class Binding:
     def _by_index(self, args: Sequence[Any]) -> list[Any]:
         if not self._least <= len(args) <= self._size:
             takes = ", ".join(f"{s.param.name} ({s.param.index})" for s in self.slots) or "none"
-            raise ArgumentError(f"kernel '{self.name}' takes {self._size} arguments by buffer index, got {len(args)}: {takes}")
+            raise ArgumentError(
+                f"kernel '{self.name}' takes {self._size} arguments by buffer index, got {len(args)}: {takes}"
+            )
         return [args[i] if i < len(args) else None for i in self._order]
 
     def _other(self, param: ParamMeta, value: Any, keep: list[torch.Tensor]) -> int | bytes:
@@ -214,9 +224,10 @@ class Binding:
         for name, index in self.meta.dynamic:
             size = given.pop(name, given.pop(index, None))
             if size is None or size < 0:
-                raise ArgumentError(f"threadgroup_memory: kernel '{self.name}' needs the bytes of '{name}' (index {index}), got {size}")
+                raise ArgumentError(
+                    f"threadgroup_memory: kernel '{self.name}' needs the bytes of '{name}' (index {index}), got {size}"
+                )
             sizes.append(size)
         if given:
             raise ArgumentError(f"threadgroup_memory: kernel '{self.name}' has no threadgroup argument {list(given)}")
         return sizes
-

@@ -28,7 +28,14 @@ _MSL_TYPES = {
     torch.uint64: "uint64_t",
 }
 _SCALARS = {bool: "bool", int: "int64_t", float: "float"}
-_VECTOR_POSITIONS = ("position", "threads_per_grid", "threads_per_threadgroup", "threadgroups_per_grid", "grid_size", "grid_origin")
+_VECTOR_POSITIONS = (
+    "position",
+    "threads_per_grid",
+    "threads_per_threadgroup",
+    "threadgroups_per_grid",
+    "grid_size",
+    "grid_origin",
+)
 
 
 class InlineKernel:
@@ -47,7 +54,11 @@ class InlineKernel:
         for name, value in zip(self.inputs, arguments, strict=True):
             if isinstance(value, torch.Tensor):
                 params.append(f"device const {_msl_type(name, value.dtype)}* {name} [[buffer({len(params)})]]")
-                for extra, used in (("shape", "constant int64_t*"), ("strides", "constant int64_t*"), ("ndim", "constant int64_t&")):
+                for extra, used in (
+                    ("shape", "constant int64_t*"),
+                    ("strides", "constant int64_t*"),
+                    ("ndim", "constant int64_t&"),
+                ):
                     if re.search(rf"\b{name}_{extra}\b", self.source):
                         params.append(f"{used} {name}_{extra} [[buffer({len(params)})]]")
             elif type(value) in _SCALARS:
@@ -66,7 +77,9 @@ class InlineKernel:
                 lines.append(f"typedef {_msl_type(key, value)} {key};")
             else:
                 kind = "bool" if isinstance(value, bool) else "int"
-                lines.append(f"constant {kind} {key} = {str(value).lower() if isinstance(value, bool) else int(value)};")
+                lines.append(
+                    f"constant {kind} {key} = {str(value).lower() if isinstance(value, bool) else int(value)};"
+                )
         joined = ",\n    ".join(params)
         return "\n".join([*lines, self.header, f"kernel void {self.name}(\n    {joined}) {{\n{self.source}\n}}", ""])
 
@@ -88,10 +101,13 @@ class InlineKernel:
         Raises ArgumentError for wrong counts or types and what dispatch_kernel raises.
         """
         if len(arguments) != len(self.inputs):
-            raise ArgumentError(f"{self.name} takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), got {len(arguments)}")
+            raise ArgumentError(
+                f"{self.name} takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), got {len(arguments)}"
+            )
         if not len(output_shapes) == len(output_dtypes) == len(self.outputs):
             raise ArgumentError(
-                f"{self.name} has {len(self.outputs)} outputs; got {len(output_shapes)} shapes and {len(output_dtypes)} dtypes"
+                f"{self.name} has {len(self.outputs)} outputs; got {len(output_shapes)} shapes and "
+                f"{len(output_dtypes)} dtypes"
             )
         home = next((a.device for a in arguments if isinstance(a, torch.Tensor)), None)
         home = torch.device(str(device)) if device is not None else home or torch.device("cpu")
@@ -99,7 +115,9 @@ class InlineKernel:
         library = self._libraries.get((text, str(home)))
         if library is None:
             library = self._libraries[(text, str(home))] = MetalKernelLibrary(text, device=home)
-        outputs = [torch.empty(tuple(s), dtype=d, device=home) for s, d in zip(output_shapes, output_dtypes, strict=True)]
+        outputs = [
+            torch.empty(tuple(s), dtype=d, device=home) for s, d in zip(output_shapes, output_dtypes, strict=True)
+        ]
         if init_value is not None:
             for tensor in outputs:
                 tensor.fill_(init_value)
@@ -114,7 +132,11 @@ class InlineKernel:
             for extra in ("shape", "strides", "ndim"):
                 if isinstance(value, torch.Tensor) and re.search(rf"\b{name}_{extra}\b", self.source):
                     dense = values[name]
-                    values[f"{name}_{extra}"] = {"shape": list(dense.shape), "strides": list(dense.stride()), "ndim": dense.ndim}[extra]
+                    values[f"{name}_{extra}"] = {
+                        "shape": list(dense.shape),
+                        "strides": list(dense.stride()),
+                        "ndim": dense.ndim,
+                    }[extra]
         return values
 
 
@@ -133,7 +155,8 @@ def metal_kernel(
     `constant T&`), and so are `<input>_shape`, `<input>_strides`, `<input>_ndim` and every thread-position attribute by
     its MSL name (`thread_position_in_grid.x` …). header: MSL before the kernel, for helpers.
 
-        scale = metal_kernel("scale", "y[thread_position_in_grid.x] = a * x[thread_position_in_grid.x];", ["x", "a"], ["y"])
+        body = "uint i = thread_position_in_grid.x; y[i] = a * x[i];"
+        scale = metal_kernel("scale", body, ["x", "a"], ["y"])
         (y,) = scale(x, 2.0, grid=x.numel(), threadgroup=256, output_shapes=[x.shape], output_dtypes=[x.dtype])
     """
     return InlineKernel(name, source, inputs, outputs, header)

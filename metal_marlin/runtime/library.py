@@ -93,7 +93,7 @@ class MetalKernelLibrary:
         if isinstance(source, str) and not _is_file(source):
             return [Unit.from_text(source, "<source>", self._macros, self._include_dirs)]
         files = source_files() if source is None else [source] if isinstance(source, (str, Path)) else list(source)
-        paths = [p if p.exists() or p.parent != Path(".") else SRC / p for p in map(Path, files)]
+        paths = [p if p.exists() or p.parent != Path() else SRC / p for p in map(Path, files)]
         return [Unit.from_file(p, self._macros, self._include_dirs) for p in paths]
 
     def lanes(self, unit: Unit) -> int:
@@ -115,7 +115,9 @@ class MetalKernelLibrary:
     def _need_compiler(self, what: str) -> Compiler:
         compiler = self.compiler
         if compiler is None:
-            raise CompilerNotFound(f"{what} is not cached for {self.target} and there is no compiler: {self._no_compiler}")
+            raise CompilerNotFound(
+                f"{what} is not cached for {self.target} and there is no compiler: {self._no_compiler}"
+            )
         return compiler
 
     def program(self, unit: Unit) -> Program:
@@ -163,14 +165,20 @@ class MetalKernelLibrary:
         """The compiled row, from the cache or the compiler; `tails` and `by_pointer` pick variants (see RowRequest)."""
         unit = self.unit_of(name)
         request = RowRequest(
-            name, self.target, lanes=self.lanes(unit), constants=self.constants, tails=tails, by_pointer=by_pointer
+            name,
+            self.target,
+            lanes=self.lanes(unit),
+            constants=self.constants,
+            tails=tails,
+            by_pointer=by_pointer,
         )
-        key, tag = unit.row_key(request), self.compiler.tag if self.compiler else None
-        found = self._cache.get(key, tag)
+        key = unit.row_key(request)
+        found = self._cache.get(key, self.compiler.tag if self.compiler else None)
         if found is not None:
             return CompiledRow(RowMeta.from_json(found[0]), found[1])
-        row = unit.compile(request, self._need_compiler(f"kernel '{name}'"))
-        self._cache.put(key, tag, row.meta.to_json(), row.binary)
+        compiler = self._need_compiler(f"kernel '{name}'")
+        row = unit.compile(request, compiler)
+        self._cache.put(key, compiler.tag, row.meta.to_json(), row.binary)
         return row
 
     def load(self, name: str, tails: bool = False, by_pointer: tuple[str, ...] = ()) -> tuple[RowMeta, Executable]:

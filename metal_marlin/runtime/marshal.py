@@ -86,7 +86,9 @@ def pack_value(param: ParamMeta, value: Any) -> bytes:
     wrong = [n for n in flat if n not in names] or [n for n in names if n not in flat]
     if wrong:
         state = "unknown" if wrong[0] in flat else "missing"
-        raise ArgumentError(f"{param.name}: {state} field{'s' * (len(wrong) > 1)} {', '.join(wrong)}; the struct has {', '.join(names)}")
+        raise ArgumentError(
+            f"{param.name}: {state} field{'s' * (len(wrong) > 1)} {', '.join(wrong)}; the struct has {', '.join(names)}"
+        )
     out = bytearray(param.type.size)
     for field in param.fields:
         data = pack_type(field.type, flat[field.name], f"{param.name}.{field.name}")
@@ -101,7 +103,9 @@ def _flatten(value: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
     return out
 
 
-def check_tensor(param: ParamMeta, tensor: torch.Tensor, device: torch.device, allowed: frozenset[torch.dtype] | None) -> None:
+def check_tensor(
+    param: ParamMeta, tensor: torch.Tensor, device: torch.device, allowed: frozenset[torch.dtype] | None
+) -> None:
     """Raise ArgumentError saying which rule of a buffer argument the tensor breaks."""
     name = param.name
     if tensor.device != device:
@@ -116,8 +120,8 @@ def check_tensor(param: ParamMeta, tensor: torch.Tensor, device: torch.device, a
         raise ArgumentError(f"{name}: tensor is {tensor.dtype}, the kernel's element is {param.type} (takes {wanted})")
     if tensor.data_ptr() % param.type.align:
         raise ArgumentError(
-            f"{name}: tensor starts at an address that is not a multiple of {param.type.align} bytes, which {param.type} needs "
-            f"(storage offset {tensor.storage_offset()})"
+            f"{name}: tensor starts at an address that is not a multiple of {param.type.align} bytes, which "
+            f"{param.type} needs (storage offset {tensor.storage_offset()})"
         )
     if tensor.requires_grad and not param.const and torch.is_grad_enabled():
         raise ArgumentError(f"{name}: the kernel may write this tensor, which requires grad; pass tensor.detach()")

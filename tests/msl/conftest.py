@@ -62,5 +62,7 @@ def _precompile(option: str, source: str, kernel: str, args: dict[str, Any], lau
     values = {p.name for p in library.kernel(kernel).bound if p.role == "value"}
     library.compile(kernel)
     library.compile(
-        kernel, tails=grid.tails, by_pointer=[k for k in args if k in values and isinstance(args[k], torch.Tensor)]
+        kernel,
+        tails=grid.tails,
+        by_pointer=[k for k in args if k in values and isinstance(args[k], torch.Tensor)],
     )

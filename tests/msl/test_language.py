@@ -10,7 +10,9 @@ HEAD = "#include <metal_stdlib>\nusing namespace metal;\n"
 
 
 def test_template_rows_by_host_name(msl):
-    source = HEAD + """
+    source = (
+        HEAD
+        + """
     template <typename T, int N>
     [[kernel]] void scale(device const T* x [[buffer(0)]], device T* y [[buffer(1)]], uint i [[thread_position_in_grid]]) {
       y[i] = x[i] * T(N);
@@ -18,6 +20,7 @@ def test_template_rows_by_host_name(msl):
     template [[host_name("scale_half_3")]] [[kernel]] void scale<half, 3>(device const half*, device half*, uint);
     template [[host_name("scale_float_5")]] [[kernel]] decltype(scale<float, 5>) scale<float, 5>;
     """
+    )
     x = torch.arange(40, dtype=torch.float32)
     out = msl(source, "scale_float_5", {"x": x, "y": torch.zeros(40)}, threads=40, threads_per_threadgroup=32)
     assert torch.equal(out["y"], x * 5)
@@ -25,14 +28,17 @@ def test_template_rows_by_host_name(msl):
     assert torch.equal(msl(source, "scale_half_3", half, threads=40, threads_per_threadgroup=32)["y"], x.half() * 3)
 
 
-def test_rows_from_a_macro_and_INSTANTIATE(msl):
-    source = HEAD + """
+def test_rows_from_macros(msl):
+    source = (
+        HEAD
+        + """
     #include "core/instantiate.h"
     #define ROW(name, type, n) template [[host_name(#name "_" #type)]] [[kernel]] void add<type, n>(device type*, uint);
     template <typename T, int N> kernel void add(device T* x, uint i [[thread_position_in_grid]]) { x[i] += T(N); }
     ROW(add, int, 4)
     INSTANTIATE("add_seven", add<float, 7>)
     """
+    )
     ints = msl(source, "add_int", {"x": torch.arange(8, dtype=torch.int32)}, threads=8, threads_per_threadgroup=8)
     assert ints["x"].tolist() == list(range(4, 12))
     floats = msl(source, "add_seven", {"x": torch.arange(8.0)}, threads=8, threads_per_threadgroup=8)
@@ -40,17 +46,26 @@ def test_rows_from_a_macro_and_INSTANTIATE(msl):
 
 
 def test_explicit_and_implicit_buffer_indices(msl):
-    source = HEAD + """
+    source = (
+        HEAD
+        + """
     kernel void mix3(device const float* a [[buffer(2)]], device float* out, constant float& k, device const float* b [[buffer(0)]],
                      uint i [[thread_position_in_grid]]) { out[i] = a[i] - k * b[i]; }
     """
+    )
     a, b = torch.randn(10), torch.randn(10)
     # explicit 2 and 0 leave 1 for out and 3 for k
     from metal_marlin import MetalKernelLibrary
 
     library = MetalKernelLibrary(source, device="cpu")
     assert {p.name: p.index for p in library.kernel("mix3").bound} == {"a": 2, "out": 1, "k": 3, "b": 0}
-    out = msl(source, "mix3", {"a": a, "b": b, "k": 3.0, "out": torch.zeros(10)}, threads=10, threads_per_threadgroup=4)
+    out = msl(
+        source,
+        "mix3",
+        {"a": a, "b": b, "k": 3.0, "out": torch.zeros(10)},
+        threads=10,
+        threads_per_threadgroup=4,
+    )
     assert torch.allclose(out["out"], a - 3 * b, atol=1e-6)
 
 
@@ -116,17 +131,20 @@ def _expected_positions(threads, tptg):
     return {name: np.array(rows).reshape(len(rows), -1) for name, rows in table.items()}
 
 
-@pytest.mark.parametrize("threads,tptg", [((24, 10, 6), (8, 5, 2)), ((21, 7, 5), (8, 4, 2)), ((70, 1, 1), (32, 1, 1))])
-@pytest.mark.parametrize("name,width", POSITIONS)
+@pytest.mark.parametrize(("threads", "tptg"), [((24, 10, 6), (8, 5, 2)), ((21, 7, 5), (8, 4, 2)), ((70, 1, 1), (32, 1, 1))])
+@pytest.mark.parametrize(("name", "width"), POSITIONS)
 def test_every_position_attribute(msl, name, width, threads, tptg):
     kind, store = ("uint3", "o[3*n] = v.x; o[3*n+1] = v.y; o[3*n+2] = v.z;") if width == 3 else ("uint", "o[n] = v;")
     extra = "" if name == "thread_position_in_grid" else ", uint3 p [[thread_position_in_grid]]"
-    source = HEAD + f"""
+    source = (
+        HEAD
+        + f"""
     kernel void show(device uint* o, constant uint2& size, {kind} v [[{name}]]{extra}) {{
       {"uint3 p = v;" if not extra else ""}
       uint n = p.x + size.x * (p.y + size.y * p.z);
       {store}
     }}"""
+    )
     count = int(np.prod(threads))
     out = torch.full((count * width,), -1, dtype=torch.int32)
     got = msl(source, "show", {"o": out, "size": threads[:2]}, threads=threads, threads_per_threadgroup=tptg)["o"]
@@ -134,11 +152,14 @@ def test_every_position_attribute(msl, name, width, threads, tptg):
 
 
 def test_positions_in_narrow_types(msl):
-    source = HEAD + """
+    source = (
+        HEAD
+        + """
     kernel void show(device ushort* o, ushort2 p [[thread_position_in_grid]], ushort lane [[thread_index_in_simdgroup]],
                      uint2 n [[threads_per_grid]], ushort3 tg [[threadgroup_position_in_grid]]) {
       o[p.x + p.y * n.x] = ushort(p.x * 1000 + p.y * 100 + lane + tg.x * 10000);
     }"""
+    )
     out = torch.zeros(6 * 2, dtype=torch.int16)
     got = msl(source, "show", {"o": out}, threads=(6, 2), threads_per_threadgroup=(3, 2))["o"].view(2, 6)
     expected = [[(x % 65536) * 1000 + y * 100 + (x % 3 + 3 * y) + (x // 3) * 10000 for x in range(6)] for y in range(2)]
@@ -146,7 +167,9 @@ def test_positions_in_narrow_types(msl):
 
 
 def test_structs_by_value_and_in_memory(msl):
-    source = HEAD + """
+    source = (
+        HEAD
+        + """
     struct Inner { half a; float3 v; };
     struct Params {
       int n; uint8_t flags[4]; Inner inner; packed_float3 p; bool on; ulong big;
@@ -161,34 +184,61 @@ def test_structs_by_value_and_in_memory(msl):
       same.key *= 2.0f;
       out[i] = params.sum() + float(params.inner.a) + (params.on ? 1000.0f : 0.0f) + float(params.big >> 40);
     }"""
+    )
     pairs = torch.stack([torch.arange(6.0), torch.arange(6, dtype=torch.int32).view(torch.float32)], 1).contiguous()
     params = {
         "n": -5, "flags": [1, 2, 3, 4], "inner": {"a": 0.5, "v": (1.0, 2.0, 3.0)}, "p": (10.0, 20.0, 30.0), "on": True, "big": 7 << 40,
     }  # fmt: skip
-    out = msl(source, "use", {"params": params, "pairs": pairs, "out": torch.zeros(6)}, threads=6, threads_per_threadgroup=2)
+    out = msl(
+        source,
+        "use",
+        {"params": params, "pairs": pairs, "out": torch.zeros(6)},
+        threads=6,
+        threads_per_threadgroup=2,
+    )
     assert out["out"].tolist() == [1.0 + 2 + 3 + 60 + 0.5 + 1000 + 7] * 6
     assert out["pairs"][:, 0].tolist() == [2.0 * i for i in range(6)]
     assert out["pairs"][:, 1].contiguous().view(torch.int32).tolist() == [i - 5 + (i % 4 + 1) for i in range(6)]
 
 
 def test_value_argument_from_device_memory(msl):
-    source = HEAD + "kernel void put(constant int& n, device int* y, uint i [[thread_position_in_grid]]) { y[i] = n + int(i); }"
+    source = (
+        HEAD
+        + "kernel void put(constant int& n, device int* y, uint i [[thread_position_in_grid]]) { y[i] = n + int(i); }"
+    )
     args = {"n": torch.tensor([41], dtype=torch.int32), "y": torch.zeros(5, dtype=torch.int32)}
-    assert msl(source, "put", args, threads=5, threads_per_threadgroup=5)["y"].tolist() == [41, 42, 43, 44, 45]
+    assert msl(source, "put", args, threads=5, threads_per_threadgroup=5)["y"].tolist() == [
+        41,
+        42,
+        43,
+        44,
+        45,
+    ]
 
 
 def test_constant_pointer_from_a_list(msl):
-    source = HEAD + """
+    source = (
+        HEAD
+        + """
     kernel void strided(device const float* x, constant int64_t* strides, device float* y, uint2 p [[thread_position_in_grid]]) {
       y[p.y * 3 + p.x] = x[p.y * strides[0] + p.x * strides[1]];
     }"""
+    )
     x = torch.randn(3, 2)
-    out = msl(source, "strided", {"x": x, "strides": [1, 2], "y": torch.zeros(6)}, threads=(3, 2), threads_per_threadgroup=(3, 1))
+    out = msl(
+        source,
+        "strided",
+        {"x": x, "strides": [1, 2], "y": torch.zeros(6)},
+        threads=(3, 2),
+        threads_per_threadgroup=(3, 1),
+    )
     assert torch.equal(out["y"].view(2, 3), x.t())
 
 
 def test_threadgroup_arrays_in_every_place(msl):
-    source = HEAD + """
+    source = (
+        HEAD
+        + """
     struct Tile { float rows[4][8]; int count; };
     template <typename T, int N>
     kernel void shuffle(device T* x, uint t [[thread_index_in_threadgroup]], uint g [[threadgroup_position_in_grid]]) {
@@ -213,13 +263,16 @@ def test_threadgroup_arrays_in_every_place(msl):
     }
     template [[host_name("shuffle32")]] kernel void shuffle<float, 32>(device float*, uint, uint);
     """
+    )
     x = torch.randn(96)
     out = msl(source, "shuffle32", {"x": x}, threadgroups=3, threads_per_threadgroup=32)
     assert torch.allclose(out["x"], x + 1)  # reversed twice, plus 0 plus 1
 
 
 def test_dynamic_threadgroup_arguments(msl):
-    source = HEAD + """
+    source = (
+        HEAD
+        + """
     kernel void rotate(device float* x, threadgroup float* a [[threadgroup(1)]], threadgroup int* b [[threadgroup(0)]],
                        uint t [[thread_index_in_threadgroup]], uint n [[threads_per_threadgroup]], uint i [[thread_position_in_grid]]) {
       threadgroup float fixed[64];
@@ -228,16 +281,24 @@ def test_dynamic_threadgroup_arguments(msl):
       uint s = (t + 1) % n;
       x[i] = a[s] + float(b[s]) + fixed[s];
     }"""
+    )
     x = torch.randn(128)
     out = msl(
-        source, "rotate", {"x": x}, threads=128, threads_per_threadgroup=64, threadgroup_memory={"a": 64 * 4, 0: 64 * 4}
+        source,
+        "rotate",
+        {"x": x},
+        threads=128,
+        threads_per_threadgroup=64,
+        threadgroup_memory={"a": 64 * 4, 0: 64 * 4},
     )["x"]
     shift = torch.arange(1, 65) % 64
     expected = x.view(2, 64)[:, shift] + shift * 3.0 + 0.5
     assert torch.allclose(out.view(2, 64), expected)
 
 
-CONSTANTS = HEAD + """
+CONSTANTS = (
+    HEAD
+    + """
 constant bool use_bias [[function_constant(0)]];
 constant int rounds [[function_constant(1)]];
 constant float scale_in [[function_constant(2)]];
@@ -251,6 +312,7 @@ kernel void apply(device float* x, device const float* bias [[buffer(1), functio
   if (plain) v -= 1.0f;
   x[i] = v;
 }"""
+)
 
 
 def test_function_constants(msl):
@@ -263,7 +325,9 @@ def test_function_constants(msl):
 
 
 def test_program_scope_constants_and_address_space_overloads(msl):
-    source = HEAD + """
+    source = (
+        HEAD
+        + """
     constant float lut[4] = {1.0f, 10.0f, 100.0f, 1000.0f};
     constant float4 offset = float4(1, 2, 3, 4);
     namespace helpers {
@@ -282,12 +346,20 @@ def test_program_scope_constants_and_address_space_overloads(msl):
       typename Traits<float>::vec4 v = typename Traits<float>::vec4(offset.xyz, k);
       x[i] = lut[i] + v[i] + float(spaces) + float(helpers::kTwo * Traits<half>::width);
     }"""
+    )
     out = msl(source, "show", {"x": torch.zeros(4), "k": 0.5}, threads=4, threads_per_threadgroup=4)
-    assert out["x"].tolist() == [1 + 1 + 1234 + 8, 10 + 2 + 1234 + 8, 100 + 3 + 1234 + 8, 1000 + 0.5 + 1234 + 8]
+    assert out["x"].tolist() == [
+        1 + 1 + 1234 + 8,
+        10 + 2 + 1234 + 8,
+        100 + 3 + 1234 + 8,
+        1000 + 0.5 + 1234 + 8,
+    ]
 
 
 def test_nested_templates_and_dependent_names(msl):
-    source = HEAD + """
+    source = (
+        HEAD
+        + """
     template <typename T> struct Sum { T total = T(0); METAL_FUNC void add(T v) { total += v; } METAL_FUNC T get() const { return total; } };
     template <typename T> struct Max { T total = numeric_limits<T>::lowest(); void add(T v) { total = max(total, v); } T get() const { return total; } };
     template <typename T, template <typename> class Op, int N> struct Reduce {
@@ -301,6 +373,7 @@ def test_nested_templates_and_dependent_names(msl):
     template [[host_name("sum")]] [[kernel]] void reduce<Sum8, 2>(const device float*, device float*, uint);
     template [[host_name("largest")]] [[kernel]] void reduce<Max8, 1>(const device float*, device float*, uint);
     """
+    )
     x = torch.randn(16)
     out = msl(source, "sum", {"x": x, "y": torch.zeros(2)}, threads=2, threads_per_threadgroup=2)
     assert torch.allclose(out["y"], torch.stack([x[0:8:2].sum(), x[1:9:2].sum()]))
@@ -309,20 +382,26 @@ def test_nested_templates_and_dependent_names(msl):
 
 
 def test_names_that_opencl_reserves(msl):
-    source = HEAD + """
+    source = (
+        HEAD
+        + """
     kernel void names(device float* global, uint i [[thread_position_in_grid]]) {
       float local = global[i], pipe = 2.0f, generic = local * pipe; int vec_step = 1;
       global[i] = generic + float(vec_step);
     }"""
+    )
     x = torch.randn(4)
     assert torch.equal(msl(source, "names", {"global": x}, threads=4, threads_per_threadgroup=4)["global"], x * 2 + 1)
 
 
 @pytest.mark.slow
 def test_offsets_beyond_32_bits(msl):
-    source = HEAD + """
+    source = (
+        HEAD
+        + """
     kernel void far(device uchar* x, constant ulong& base, uint i [[thread_position_in_grid]]) { x[base + ulong(i)] = uchar(i + 1); }
     """
+    )
     base = (1 << 32) + 12345
     x = torch.zeros(base + 8, dtype=torch.uint8)
     out = msl(source, "far", {"x": x, "base": base}, threads=4, threads_per_threadgroup=4)["x"]
@@ -331,7 +410,9 @@ def test_offsets_beyond_32_bits(msl):
 
 
 def test_kernels_without_arguments_and_macros_with_conditionals(msl):
-    source = HEAD + """
+    source = (
+        HEAD
+        + """
     #if defined(__METAL_VERSION__) && __METAL_VERSION__ >= 310
     #define STORE(p, v) *(p) = (v)
     #else
@@ -340,6 +421,7 @@ def test_kernels_without_arguments_and_macros_with_conditionals(msl):
     kernel void nothing() {}
     [[kernel, max_total_threads_per_threadgroup(64)]] void put(device int* x, uint i [[thread_position_in_grid]]) { STORE(x + i, int(i)); }
     """
+    )
     assert msl(source, "nothing", {}, threads=8, threads_per_threadgroup=4) == {}
     out = msl(source, "put", {"x": torch.zeros(8, dtype=torch.int32)}, threads=8, threads_per_threadgroup=4)
     assert out["x"].tolist() == list(range(8))
@@ -347,7 +429,10 @@ def test_kernels_without_arguments_and_macros_with_conditionals(msl):
 
 @pytest.mark.lane_agnostic
 def test_lane_agnostic_reduction(msl):
-    source = "// metal-marlin: lanes=any\n" + HEAD + """
+    source = (
+        "// metal-marlin: lanes=any\n"
+        + HEAD
+        + """
     #ifndef METAL_MARLIN_LANES
     #define METAL_MARLIN_LANES 32
     #endif
@@ -358,7 +443,14 @@ def test_lane_agnostic_reduction(msl):
       sum = simd_sum(sum);
       if (lane == 0) y[g] = sum;
     }"""
+    )
     x = torch.randint(-8, 8, (5, 101)).float()
     lanes = 1 if msl.backend == "cpu1" else 32
-    out = msl(source, "total", {"x": x, "y": torch.zeros(5), "n": 101}, threadgroups=5, threads_per_threadgroup=lanes)
+    out = msl(
+        source,
+        "total",
+        {"x": x, "y": torch.zeros(5), "n": 101},
+        threadgroups=5,
+        threads_per_threadgroup=lanes,
+    )
     assert torch.equal(out["y"], x.sum(1))

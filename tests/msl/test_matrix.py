@@ -29,9 +29,7 @@ def test_sizes(msl: Run) -> None:
     expected = []
     for element, size in (("float", 4), ("half", 2)):
         for c, r in SHAPES:
-            source += (
-                f"    y[{len(expected)}] = sizeof({element}{c}x{r}) * 100 + alignof({element}{c}x{r});\n"
-            )
+            source += f"    y[{len(expected)}] = sizeof({element}{c}x{r}) * 100 + alignof({element}{c}x{r});\n"
             column = size * (2 if r == 2 else 4)
             expected.append(c * column * 100 + column)
     y = torch.zeros(len(expected), dtype=torch.int32)

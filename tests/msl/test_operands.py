@@ -33,9 +33,7 @@ def test_columns_count_bytes_and_ranges_may_span_lines() -> None:
 
 
 def test_the_library_and_other_errors_are_left_alone() -> None:
-    stderr = line(
-        "1:1", "{1:1-1:2}{1:5-1:6}", "'half4' (vector of 4 'half' values) and 'float'", "/lib/metal_math"
-    )
+    stderr = line("1:1", "{1:1-1:2}{1:5-1:6}", "'half4' (vector of 4 'half' values) and 'float'", "/lib/metal_math")
     assert mend("a * s", stderr, "/lib") is None
     assert mend("a * s", "k.metal:1:1: error: no such thing", "/lib") is None
 

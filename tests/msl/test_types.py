@@ -276,15 +276,11 @@ kernel void k(device S* s [[buffer(0)]], constant packed_float3* c [[buffer(1)]]
 
 
 def test_packed_vectors_in_every_address_space(msl: Run) -> None:
-    s = np.zeros(
-        2, dtype=[("p", np.float32, 3), ("h", np.float16, 4), ("c", np.uint8, 3), ("pad", np.uint8, 1)]
-    )
+    s = np.zeros(2, dtype=[("p", np.float32, 3), ("h", np.float16, 4), ("c", np.uint8, 3), ("pad", np.uint8, 1)])
     s["p"][0], s["h"][0], s["c"][0] = (1, 2, 3), (0.5, 1.5, 2.5, 3.5), (4, 5, 6)
     raw = torch.from_numpy(s.view(np.uint8).copy())
     args: dict[str, Any] = {"s": raw, "c": torch.tensor([[1.0, 2, 3], [4, 5, 6]]), "y": torch.zeros(7, 3)}
-    got = msl(
-        PACKED, "k", args | {"h": torch.zeros(4, dtype=torch.half)}, threads=1, threads_per_threadgroup=1
-    )
+    got = msl(PACKED, "k", args | {"h": torch.zeros(4, dtype=torch.half)}, threads=1, threads_per_threadgroup=1)
     expected = [[10, 13, 16], [7, 30, 50], [5, 6, 4], [4.5, 6, 7.5], [-1, -2, -6], [0.5, 1.5, 2.5], [1, 2, 3]]
     assert got["y"].tolist() == expected
     second = got["s"].numpy().view(s.dtype)[1]

@@ -19,9 +19,7 @@ using namespace metal;
 """
 
 
-def evaluate(
-    msl: Run, cases: Sequence[tuple[str, Sequence[float]]], *, before: str = "", setup: str = ""
-) -> None:
+def evaluate(msl: Run, cases: Sequence[tuple[str, Sequence[float]]], *, before: str = "", setup: str = "") -> None:
     """Each (expression, components): the float4 that the expression gives, computed from x[i] = i + 1."""
     lines = "\n".join(f"    out[{i}] = {expression};" for i, (expression, _) in enumerate(cases))
     source = f"""{HEAD}{before}
@@ -34,9 +32,7 @@ kernel void k(device const float* x [[buffer(0)]], device float4* out [[buffer(1
     wrong = [
         f"{expression} is {value.tolist()}, not {list(expected)}"
         for (expression, expected), value in zip(cases, got, strict=True)
-        if not torch.equal(
-            value.nan_to_num(-99.0), torch.tensor(expected, dtype=torch.float32).nan_to_num(-99.0)
-        )
+        if not torch.equal(value.nan_to_num(-99.0), torch.tensor(expected, dtype=torch.float32).nan_to_num(-99.0))
     ]
     assert not wrong, "\n".join(wrong)
 
