@@ -35,6 +35,9 @@ _COMMON = (
     "-fno-caret-diagnostics",
     *operands.FLAGS,
     "-fno-ident",
+    # NVPTX numbers thread and generic pointers alike: overloads for the two would share a symbol, and one of them win
+    "-Xclang",
+    "-faddress-space-map-mangling=no",
     "-mllvm",
     "-inline-threshold=100000",
 )

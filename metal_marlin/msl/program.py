@@ -207,6 +207,7 @@ def _portable(ptx: str, arch: str) -> str:
     """State PTX ISA 8.0 up to sm_90a, so that drivers since CUDA 12.0 take it; clang always states its newest."""
     if int(re.sub(r"\D", "", arch)) > 90:
         return ptx
+    ptx = re.sub(r'^\s*\.pragma "used_bytes_mask [^"]*";\n', "", ptx, flags=re.M)  # a hint, newer than 8.0
     return re.sub(r"^\.version \d+\.\d+", ".version 8.0", ptx, count=1, flags=re.M)
 
 

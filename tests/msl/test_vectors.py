@@ -366,6 +366,7 @@ def test_vectors_of_every_element_type_convert(msl: Run) -> None:
     evaluate(msl, cases)
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
     ("expression", "message"),
     [

@@ -60,25 +60,24 @@ template <class T, class E> using _like = typename _like_of<T, E>::type;
 template <class T> using _floats = _like<T, float>;
 template <class T> using _ints = _like<T, int>;
 template <class T> using _uints = _like<T, uint>;
-template <class T> using _doubles = _like<T, double>;
 
 template <class T, class U> inline constexpr bool _alike = false;
 template <class T> inline constexpr bool _alike<T, T> = true;
 
+// a as T; scalars are repeated where T is a vector.
 template <class T, class A> MM_FN constexpr T _to(A a) {
   if constexpr (_alike<T, A>) {
     return a;
   } else if constexpr (_packed<A>) {
     return _to<T>(a._vector());
+  } else if constexpr (_components<T> == 0) {
+    return _scalar<T>(a);
   } else if constexpr (_shape<A>::native) {
-    return __builtin_convertvector(a, T);
+    return _converted<_elem<T>>(a);
   } else {
-    return (T)static_cast<_elem<T>>(a);
+    return _splat<T>(a);
   }
 }
-
-// Component i of a vector or of a scalar (of which there is one).
-template <class T> inline constexpr int _count = _components<T> == 0 ? 1 : _components<T>;
 
 template <int Bytes> struct _integer_of;
 template <> struct _integer_of<1> { typedef char s; typedef uchar u; };

@@ -150,9 +150,9 @@ template <class F> MM_FN F _pow_magnitude(F a, F y) {
   const F p = _exp2_near_zero((z - (n - MM_ROUNDER)) + z_low);
   return _scaled(p, _from_bits<_ints<F>>(_bits(n) - MM_ROUNDER_BITS));
 }
-template <class F> MM_FN F pow(F x, F y) {
+// pow(x, y) from r = |x|^y: the sign, and what pow's special values have instead.
+template <class F> MM_FN F _pow_edges(F x, F y, F r) {
   const F a = _absolute(x);
-  F r = _pow_magnitude(a, y);
   // Every float of 2^24 and more is even; halving keeps an even integer's integrality.
   const F whole = __builtin_elementwise_trunc(y);
   const F halved = y * 0.5f;
@@ -163,6 +163,7 @@ template <class F> MM_FN F pow(F x, F y) {
   r = ((x != x) | (y != y)) ? x + y : r;
   return ((x == 1.0f) | (y == 0.0f)) ? (F)1.0f : r;
 }
+template <class F> MM_FN F pow(F x, F y) { return _pow_edges(x, y, _pow_magnitude(_absolute(x), y)); }
 template <class F> MM_FN F powr(F x, F y) {
   const F a = _absolute(x);
   F r = _pow_magnitude(a, y);
@@ -210,17 +211,6 @@ template <class F> MM_FN F atanh(F x) {
   const F a = _absolute(x);
   const F r = 0.5f * _log_plus_one((a + a) / (1.0f - a), a, a < 0.0f);
   return _with_sign(a < 1.0f ? r : (a == 1.0f ? (F)MM_INF : (F)MM_NAN), x);
-}
-
-template <class F> MM_FN F erf(F x) {
-  const F a = _absolute(x);
-  const F t = x * x;
-  const F near = _fused(x, _poly(t, 0x1.06eba8p-3f, -0x1.81274p-2f, 0x1.ce2d5p-4f, -0x1.b7fe9p-6f, 0x1.542e1p-8f,
-                                 -0x1.a50b0ep-11f, 0x1.4c344ep-14f), x);
-  const F b = _limited(a, 0.0f, 4.0f);
-  const F g = _poly(b, -0x1.8a595ap-13f, 0x1.212c0ep0f, 0x1.44356p-1f, 0x1.bc1564p-4f, -0x1.9d03ecp-6f, 0x1.138e3p-8f,
-                    -0x1.cecaa8p-12f, 0x1.6bdd9p-16f);
-  return a < 1.0f ? near : _with_sign(1.0f - _math::exp(-g), x);
 }
 
 }  // namespace _math

@@ -1,8 +1,7 @@
 #pragma once
-// What fast:: computes differently: the hardware's approximations on NVIDIA GPUs, shorter polynomials and a reduction
-// without the long way for huge angles on the CPU. NaN and infinities behave as in precise::; denormal results of
-// exponentials may become 0. Accuracy: exp2 and log2 some 4 ulp, exp 4 + |x| ulp, sin and cos 2^-20 absolute
-// for |x| < 2^15.
+// What fast:: computes differently: the hardware's approximations on NVIDIA GPUs; on the CPU only angles, without the
+// long way for huge ones, and what is made of exponentials. NaN and infinities behave as in precise::. Accuracy: exp2
+// and log2 some 4 ulp, exp 4 + |x| ulp, sin and cos 2^-20 absolute for |x| < 2^15, tanh 2^-22 absolute.
 #include "mm_math_exp.h"
 #include "mm_math_ieee.h"
 #include "mm_math_trig.h"
@@ -64,30 +63,15 @@ template <class F> MM_FN F divide(F x, F y) {
   return r;
 }
 #else
-template <class F> MM_FN F exp(F x) {
-  const F limited = _math::_limited(x, -87.33654f, 89.0f);
-  const F t = _fused(limited, 0x1.715476p0f, (F)MM_ROUNDER);
-  const F n = t - MM_ROUNDER;
-  const F r = _fused(n, -0x1.62e43p-1f, limited);
-  const F p = _fused(r * r, _poly(r, MM_EXP_Q), r) + 1.0f;
-  const F e = p * _two_to<F>(_from_bits<_ints<F>>(_bits(t) - MM_ROUNDER_BITS));
-  return x < -87.33654f ? (F)0.0f : e;
-}
-template <class F> MM_FN F exp2(F x) {
-  const F limited = _math::_limited(x, -126.0f, 128.0f);
-  const F t = limited + MM_ROUNDER;
-  const F r = limited - (t - MM_ROUNDER);
-  const F p = _fused(r, _poly(r, MM_EXP2_Q), (F)1.0f);
-  const F e = p * _two_to<F>(_from_bits<_ints<F>>(_bits(t) - MM_ROUNDER_BITS));
-  return x < -126.0f ? (F)0.0f : e;
-}
-template <class F> MM_FN F exp10(F x) { return _quick::exp2(x * 0x1.a934fp1f); }
-template <class F> MM_FN F log(F x) { return _math::log(x); }
-template <class F> MM_FN F log2(F x) { return _math::log2(x); }
-template <class F> MM_FN F log10(F x) { return _math::log10(x); }
+using _math::divide;
+using _math::exp;
+using _math::exp10;
+using _math::exp2;
+using _math::log;
+using _math::log10;
+using _math::log2;
+using _math::sqrt;
 template <class F> MM_FN F rsqrt(F x) { return 1.0f / __builtin_elementwise_sqrt(x); }
-template <class F> MM_FN F sqrt(F x) { return __builtin_elementwise_sqrt(x); }
-template <class F> MM_FN F divide(F x, F y) { return x / y; }
 template <class F> MM_FN F _inverse(F x) { return 1.0f / x; }
 template <class F> MM_FN _math::_sine_pair<F> sincos(F x) {
   const _math::_reduced<F> a = _math::_reduce_small(x);

@@ -38,6 +38,12 @@ template <class T> MM_FN T fma(T x, T y, T z) {
 #endif
 }
 
+template <class F> MM_FN F floor(F x) { return __builtin_elementwise_floor(x); }
+template <class F> MM_FN F ceil(F x) { return __builtin_elementwise_ceil(x); }
+template <class F> MM_FN F trunc(F x) { return __builtin_elementwise_trunc(x); }
+template <class F> MM_FN F rint(F x) { return __builtin_elementwise_rint(x); }
+template <class F> MM_FN F sqrt(F x) { return __builtin_elementwise_sqrt(x); }
+template <class F> MM_FN F divide(F x, F y) { return x / y; }
 template <class F> MM_FN F fdim(F x, F y) { return x <= y ? (F)0.0f : x - y; }
 template <class F> MM_FN F round(F x) { return __builtin_elementwise_round(x); }
 
