@@ -91,6 +91,16 @@ template <class T> using _same_uint = _like<T, typename _integer_of<sizeof(_elem
 template <class T> MM_FN constexpr _same_uint<T> _bits(T x) { return __builtin_bit_cast(_same_uint<T>, x); }
 template <class T, class U> MM_FN constexpr T _from_bits(U u) { return __builtin_bit_cast(T, u); }
 
+// Between these, neither reassociation nor contraction: compensated steps would be undone. NVPTX has no float_control;
+// after its end products and sums contract as the CPU's flags let them.
+#ifdef __METAL_MARLIN_CPU__
+#define MM_STRICT_BEGIN _Pragma("float_control(precise, on, push)") _Pragma("clang fp contract(off)")
+#define MM_STRICT_END _Pragma("float_control(pop)")
+#else
+#define MM_STRICT_BEGIN _Pragma("clang fp contract(off)")
+#define MM_STRICT_END _Pragma("clang fp contract(fast)")
+#endif
+
 // Whether any component of a comparison's result is set.
 template <class M> MM_FN constexpr bool _any_of(M m) {
   if constexpr (_shape<M>::native) {
@@ -100,18 +110,23 @@ template <class M> MM_FN constexpr bool _any_of(M m) {
   }
 }
 
+// All bits of T's elements but the sign.
+template <class T> inline constexpr _elem<_same_uint<T>> _magnitude_bits = (_elem<_same_uint<T>>)~0ul >> 1;
+// (U): scalars of 16 bits become int in between.
 template <class T> MM_FN constexpr T _absolute(T x) {
   typedef _same_uint<T> U;
-  return _from_bits<T>(_bits(x) & (U)(_elem<U>)(((_elem<U>)~(_elem<U>)0) >> 1));
+  return _from_bits<T>((U)(_bits(x) & (U)_magnitude_bits<T>));
 }
 template <class T> MM_FN constexpr T _with_sign(T x, T y) {
   typedef _same_uint<T> U;
-  const U magnitude = (U)(_elem<U>)(((_elem<U>)~(_elem<U>)0) >> 1);
-  return _from_bits<T>((_bits(x) & magnitude) | (_bits(y) & ~magnitude));
+  const U magnitude = (U)_magnitude_bits<T>;
+  return _from_bits<T>((U)((_bits(x) & magnitude) | (_bits(y) & ~magnitude)));
 }
 
-template <class F> MM_FN F _fused(F a, F b, F c) { return __builtin_elementwise_fma(a, b, c); }
-template <class F> MM_FN F _fused(F a, float b, F c) { return __builtin_elementwise_fma(a, (F)b, c); }
+// a b + c; F is deduced from a alone, so that b and c may be scalars.
+template <class F> MM_FN F _fused(F a, _like<F, _elem<F>> b, _like<F, _elem<F>> c) {
+  return __builtin_elementwise_fma(a, b, c);
+}
 template <class F> MM_FN F _rounded(F x) { return __builtin_elementwise_rint(x); }
 
 // c0 + c1 x + c2 x² + …

@@ -1,10 +1,8 @@
 #pragma once
 // Exponentials, logarithms, powers and hyperbolic functions of F = float or a vector of float; branch-free.
 // The polynomials are weighted minimax fits whose coefficients were rounded to float one by one, lowest first.
-// Reassociation and contraction would undo the compensated steps, so both are off here.
 #include "mm_math_base.h"
-#pragma float_control(precise, on, push)
-#pragma clang fp contract(off)
+MM_STRICT_BEGIN
 
 namespace metal {
 namespace _math {
@@ -67,14 +65,14 @@ template <class F> MM_FN F exp10(F x) {
 template <class F> struct _log_split {
   F k, f, s;
 };
-// `missing` is what v lacks of the argument meant (|missing| at most an ulp of v).
-template <class F> MM_FN _log_split<F> _log_parts(F v, F missing) {
+// `missing` is what v lacks of the argument meant (|missing| at most an ulp of v), if anything.
+template <class F, class... M> MM_FN _log_split<F> _log_parts(F v, M... missing) {
   const auto tiny = v < 0x1p-126f;
   const _uints<F> u = _bits(tiny ? v * 0x1p23f : v);
   const _ints<F> k = _from_bits<_ints<F>>(u - 0x3f2aaaabu) >> 23;
   const _ints<F> down = -k;
   F f = _from_bits<F>(u - (_from_bits<_uints<F>>(k) << 23)) - 1.0f;
-  f = f + missing * _two_to<F>(down < -60 ? (_ints<F>)(-60) : down);
+  f = (f + ... + (missing * _two_to<F>(down < -60 ? (_ints<F>)(-60) : down)));
   const F square = f * f;
   const F q = _poly(f, 0x1.555558p-2f, -0x1.ffff16p-3f, 0x1.999666p-3f, -0x1.5597dcp-3f, 0x1.251798p-3f, -0x1.f3a846p-4f,
                     0x1.b54992p-4f, -0x1.06d2b4p-3f, 0x1.f854aep-4f);
@@ -88,14 +86,14 @@ template <class F> MM_FN F _log_edges(F x, F r) {
 template <class F> MM_FN F _log_sum(_log_split<F> l) {
   return _fused(l.k, 0x1.62e43p-1f, l.f + _fused(l.k, -0x1.05c61p-29f, l.s));
 }
-template <class F> MM_FN F log(F x) { return _log_edges(x, _log_sum(_log_parts(x, (F)0.0f))); }
+template <class F> MM_FN F log(F x) { return _log_edges(x, _log_sum(_log_parts(x))); }
 template <class F> MM_FN F log2(F x) {
-  const _log_split<F> l = _log_parts(x, (F)0.0f);
+  const _log_split<F> l = _log_parts(x);
   const F low = _fused(l.f, 0x1.4ae0cp-26f, l.s * 0x1.715476p0f);
   return _log_edges(x, l.k + _fused(l.f, 0x1.715476p0f, low));
 }
 template <class F> MM_FN F log10(F x) {
-  const _log_split<F> l = _log_parts(x, (F)0.0f);
+  const _log_split<F> l = _log_parts(x);
   F low = _fused(l.f, -0x1.5b235ep-27f, l.s * 0x1.bcb7b2p-2f);
   low = _fused(l.k, -0x1.ec10cp-27f, low);
   return _log_edges(x, _fused(l.k, 0x1.344136p-2f, _fused(l.f, 0x1.bcb7b2p-2f, low)));
@@ -216,4 +214,4 @@ template <class F> MM_FN F atanh(F x) {
 }  // namespace _math
 }  // namespace metal
 
-#pragma float_control(pop)
+MM_STRICT_END

@@ -30,8 +30,7 @@ MM_APPROXIMATION(_cos_turn, "cos.approx")
 #undef MM_APPROXIMATION
 #endif
 
-#pragma float_control(precise, on, push)
-#pragma clang fp contract(off)
+MM_STRICT_BEGIN
 
 #ifdef __METAL_MARLIN_CUDA__
 // Within half a turn, where the instructions are accurate.
@@ -98,7 +97,7 @@ template <class F> MM_FN F tanh(F x) {
   return _with_sign(1.0f - 2.0f * _quick::_inverse(e + 1.0f), x);
 }
 
-#pragma float_control(pop)
+MM_STRICT_END
 
 }  // namespace _quick
 }  // namespace metal

@@ -2,8 +2,7 @@
 // Functions with exact or correctly rounded results: square roots, remainders, and the ones that take a number's
 // representation apart. F is float or a vector of float; T any floating-point scalar or vector.
 #include "mm_math_base.h"
-#pragma float_control(precise, on, push)
-#pragma clang fp contract(off)
+MM_STRICT_BEGIN
 
 namespace metal {
 namespace _math {
@@ -73,17 +72,23 @@ template <class F> MM_FN F ldexp(F x, _ints<F> n) {
   const F a = _absolute(x);
   return ((a == 0.0f) | !(a < MM_INF)) ? x : _scaled(significand, sum);
 }
-template <class F> MM_FN F frexp(F x, _ints<F>& exponent) {
+template <class F> struct _significand {
+  F part;
+  _ints<F> exponent;
+};
+template <class F> MM_FN _significand<F> frexp(F x) {
   const F a = _absolute(x);
   const auto plain = (a > 0.0f) & (a < MM_INF);
   const _ints<F> e = plain ? _exponent(x) + 1 : (_ints<F>)0;
-  exponent = e;
-  return plain ? _math::ldexp(x, -e) : x;
+  return {plain ? _math::ldexp(x, -e) : x, e};
 }
-template <class F> MM_FN F modf(F x, F& whole) {
-  whole = __builtin_elementwise_trunc(x);
+template <class F> struct _parts {
+  F rest, whole;
+};
+template <class F> MM_FN _parts<F> modf(F x) {
+  const F whole = __builtin_elementwise_trunc(x);
   const F rest = _absolute(x) == MM_INF ? (F)0.0f : x - whole;
-  return _with_sign(rest, x);
+  return {_with_sign(rest, x), whole};
 }
 
 // The next value of T after x in the direction of y.
@@ -126,4 +131,4 @@ template <class F> MM_FN F fmod(F x, F y) {
 }  // namespace _math
 }  // namespace metal
 
-#pragma float_control(pop)
+MM_STRICT_END

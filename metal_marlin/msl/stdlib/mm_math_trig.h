@@ -1,8 +1,7 @@
 #pragma once
 // Trigonometric functions and their inverses of F = float or a vector of float.
 #include "mm_math_base.h"
-#pragma float_control(precise, on, push)
-#pragma clang fp contract(off)
+MM_STRICT_BEGIN
 
 namespace metal {
 namespace _math {
@@ -111,17 +110,17 @@ template <class F> MM_FN F tan(F x) {
 }
 
 // Of pi x: n = rint(2 x) taken modulo 4 while still a float, as it may exceed every integer type.
-template <class F> MM_FN _sine_pair<F> _sine_pi(F x) {
+template <class F> MM_FN _sine_pair<F> sincospi(F x) {
   const F n = _rounded(x + x);
   const F half_turns = _fused(n, -0.5f, x);
   const F modulo = n - 4.0f * __builtin_elementwise_floor(n * 0.25f);
   const F r = _fused(half_turns, 0x1.921fb6p1f, half_turns * -0x1.777a5cp-24f);
   return _turned(r, _from_bits<_ints<F>>(_bits(modulo + 0x1.8p23f)));
 }
-template <class F> MM_FN F sinpi(F x) { return _math::_sine_pi(x).s; }
-template <class F> MM_FN F cospi(F x) { return _math::_sine_pi(x).c; }
+template <class F> MM_FN F sinpi(F x) { return _math::sincospi(x).s; }
+template <class F> MM_FN F cospi(F x) { return _math::sincospi(x).c; }
 template <class F> MM_FN F tanpi(F x) {
-  const _sine_pair<F> a = _math::_sine_pi(x);
+  const _sine_pair<F> a = _math::sincospi(x);
   // at the poles the cosine's zero may carry either sign
   return a.c == 0.0f ? _with_sign((F)MM_INF, a.s) : a.s / a.c;
 }
@@ -176,4 +175,4 @@ template <class F> MM_FN F atan2(F y, F x) {
 }  // namespace _math
 }  // namespace metal
 
-#pragma float_control(pop)
+MM_STRICT_END
