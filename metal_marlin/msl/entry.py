@@ -26,7 +26,7 @@ def entry_text(kernel: Kernel, program: Program, target: str, *, by_pointer: Ite
     `by_pointer` names `constant T&` parameters that are bound to device memory instead of being passed by value
     (CUDA only; on the CPU every argument is an address).
     """
-    lines = ["", '# 1 "<entry>"', "#undef constant", f"typedef decltype({kernel.callee}) mm_function;"]
+    lines = ["", '# 1 "<entry>"', "#undef constant", f"typedef decltype(::{kernel.callee}) mm_function;"]
     lines.append(_type_table(kernel, program))
     build = _cpu_entry if target == "cpu" else _cuda_entry
     return "\n".join([*lines, *build(kernel, frozenset(by_pointer)), ""])
@@ -83,7 +83,7 @@ def _cpu_entry(kernel: Kernel, by_pointer: frozenset[str]) -> list[str]:
     return [
         '#include "mm_entry_cpu.h"',
         "static void mm_invoke(const mm_launch* L, const mm_ctx& c) {",
-        f"  {kernel.callee}(\n    {call});",
+        f"  ::{kernel.callee}(\n    {call});",
         "}",
     ]
 
@@ -123,7 +123,7 @@ def _cuda_entry(kernel: Kernel, by_pointer: frozenset[str]) -> list[str]:
         "#else",
         "  const mm_ctx c;",
         "#endif",
-        f"  {kernel.callee}(\n    {call});",
+        f"  ::{kernel.callee}(\n    {call});",
         "}",
     ]
 

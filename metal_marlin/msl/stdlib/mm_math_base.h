@@ -64,21 +64,6 @@ template <class T> using _uints = _like<T, uint>;
 template <class T, class U> inline constexpr bool _alike = false;
 template <class T> inline constexpr bool _alike<T, T> = true;
 
-// a as T; scalars are repeated where T is a vector.
-template <class T, class A> MM_FN constexpr T _to(A a) {
-  if constexpr (_alike<T, A>) {
-    return a;
-  } else if constexpr (_packed<A>) {
-    return _to<T>(a._vector());
-  } else if constexpr (_components<T> == 0) {
-    return _scalar<T>(a);
-  } else if constexpr (_shape<A>::native) {
-    return _converted<_elem<T>>(a);
-  } else {
-    return _splat<T>(a);
-  }
-}
-
 template <int Bytes> struct _integer_of;
 template <> struct _integer_of<1> { typedef char s; typedef uchar u; };
 template <> struct _integer_of<2> { typedef short s; typedef ushort u; };
@@ -107,6 +92,47 @@ template <class M> MM_FN constexpr bool _any_of(M m) {
     return __builtin_reduce_or(m) != 0;
   } else {
     return m;
+  }
+}
+
+// x with elements of an integer type E.
+template <class E, class U> MM_FN constexpr _like<U, E> _resized(U x) {
+  if constexpr (_components<U> != 0) {
+    return __builtin_convertvector(x, _like<U, E>);
+  } else {
+    return (E)x;
+  }
+}
+// bfloat from and to float by integers: x86 converts element by element, and where it has the instruction drops
+// denormals. Rounds to nearest, ties to even.
+template <class T> MM_FN constexpr _floats<T> _widened(T x) {
+  return _from_bits<_floats<T>>(_resized<uint>(_bits(x)) << 16);
+}
+template <class T> MM_FN constexpr T _narrowed(_floats<T> x) {
+  typedef _uints<T> U;
+  const U u = _bits(x);
+  const U rounded = u + 0x7fffu + ((u >> 16) & 1u), quiet = u | 0x400000u;
+  const U r = (u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+  return _from_bits<T>(_resized<ushort>(r >> 16));
+}
+// a as T; scalars are repeated where T is a vector.
+template <class T, class A> MM_FN constexpr T _to(A a) {
+  if constexpr (_alike<T, A>) {
+    return a;
+  } else if constexpr (_packed<A>) {
+    return _to<T>(a._vector());
+#ifdef __METAL_MARLIN_CPU__
+  } else if constexpr (_alike<T, _floats<A>> && _alike<A, _like<A, bfloat>>) {
+    return _widened(a);
+  } else if constexpr (_alike<A, _floats<T>> && _alike<T, _like<T, bfloat>>) {
+    return _narrowed<T>(a);
+#endif
+  } else if constexpr (_components<T> == 0) {
+    return _scalar<T>(a);
+  } else if constexpr (_shape<A>::native) {
+    return _converted<_elem<T>>(a);
+  } else {
+    return _splat<T>(a);
   }
 }
 
