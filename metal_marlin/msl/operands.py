@@ -41,6 +41,6 @@ def mend(text: str, stderr: str, stdlib: str) -> str | None:
     out, end = b"", 0
     for (a, b), vector_text in sorted(found.items()):
         if a >= end:
-            out += data[end:a] + b"metal::_operand<decltype(" + vector_text + b")>(" + data[a:b] + b")"
+            out += data[end:a] + b"::metal::_operand<decltype(" + vector_text + b")>(" + data[a:b] + b")"
             end = b
     return (out + data[end:]).decode() if found else None

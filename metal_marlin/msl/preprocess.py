@@ -11,6 +11,7 @@ from metal_marlin.errors import MetalCompileError
 _INCLUDE = re.compile(r'[ \t]*#[ \t]*include[ \t]*(?:"([^"]+)"|<([^>]+)>)')
 _ONCE = re.compile(r"[ \t]*#[ \t]*pragma[ \t]+once\b")
 _DIRECTIVE = re.compile(r"^[ \t]*#[ \t]*(define|undef|if|ifdef|ifndef|elif|else|endif|error)\b|\b_Pragma\b", re.M)
+_CONDITIONAL = re.compile(r"[ \t]*#[ \t]*(if|endif)")
 _MAX_DEPTH = 64
 
 
@@ -33,6 +34,7 @@ class Flattener:
         self.standard: list[str] = []  # <headers> seen, in order
         self.files: list[Path] = []
         self._once: set[Path] = set()
+        self._conditionals = 0  # open #if
 
     def file(self, path: Path) -> str:
         path = path.resolve()
@@ -68,6 +70,9 @@ class Flattener:
             elif _ONCE.match(line):
                 out += [""] if self.markers else []
             else:
+                conditional = _CONDITIONAL.match(line)
+                if conditional:
+                    self._conditionals += 1 if conditional[1] == "if" else -1
                 out.append(line)
         return "\n".join(out)
 
@@ -78,6 +83,8 @@ class Flattener:
                 if header not in self.standard:
                     self.standard.append(header)
                 return "" if self.markers else f"#include <{header}>"
+            if self._conditionals:  # perhaps not for this compiler: the preprocessor will tell
+                return f'#include "{header}"' if quoted else f"#include <{header}>"
             searched = ", ".join(str(d) for d in ([here] if here else []) + self.include_dirs) or "no directory"
             raise MetalCompileError(f'{where}: cannot find "{header}" (searched {searched})')
         if path in self._once:

@@ -185,7 +185,7 @@ def resolve_constants(declared: Iterable[FunctionConstant], given: Mapping[str |
         if found is None:
             names = ", ".join(f"{c.name} ({c.index})" for c in declared) or "none"
             raise MetalCompileError(f"no function constant {key!r}; the source declares: {names}")
-        out[found.name] = f"metal::_make<{found.type}>({_literal(value)})"
+        out[found.name] = f"::metal::_make<{found.type}>({_literal(value)})"
     return out
 
 

@@ -107,7 +107,7 @@ class Reflection:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.definitions: dict[str, Definition] = {}
-        self.instantiations: list[tuple[int, int]] = []  # token ranges, to be removed
+        self.erased: list[tuple[int, int]] = []  # token ranges, to be removed
         self._structs: dict[str, list[tuple[str, str]]] = {}
         self._constants: list[FunctionConstant] = []
         self._kernels: dict[str, Kernel] = {}
@@ -153,9 +153,11 @@ class Reflection:
             text = src.at(i)
             if text == ";":
                 return i + 1, None
-            if text == "=":
-                assigned = True
-            if text == "{":
+            if text == "<" and src.at(i - 1) == "template":  # whose parameters may have defaults
+                i = src.close_angle(i) or i
+            elif text == "=":
+                assigned = src.at(i - 1) != "operator"
+            elif text == "{":
                 closed = src.match[i]
                 before = src.at(i - 1)
                 if not assigned and (before in (")", "const", "noexcept") or self._ends_attribute(i - 1)):
@@ -180,6 +182,8 @@ class Reflection:
                 self._definition(first, body, scope)
             elif src.at(first) == "template" and src.at(first + 1) != "<":
                 self._instantiation(first, last, scope)
+            else:  # a declaration ahead of the definition, which gets another signature
+                self.erased.append((first, last))
         elif "function_constant" in words and body is None:
             self._function_constant(first, last)
         elif words & {"vertex", "fragment"} and body is not None:
@@ -218,7 +222,7 @@ class Reflection:
 
     def _instantiation(self, first: int, last: int, scope: str) -> None:
         src = self.source
-        self.instantiations.append((first, last))
+        self.erased.append((first, last))
         i, found = first, None
         while i < last:
             if src.is_attribute(i) or src.at(i) == "decltype":
@@ -232,9 +236,10 @@ class Reflection:
         if found is None:
             raise MetalCompileError(f"{src.where(first)}: cannot read this kernel instantiation")
         start = found[0]
-        while src.at(start - 1) == "::":
+        while src.at(start - 1) == "::" and src.is_name(start - 2) and src.at(start - 2) != "void":
             start -= 2
-        function = scope + src.slice(start, found[0] + 1).replace(" ", "")
+        qualified = src.at(start - 1) == "::"
+        function = ("" if qualified else scope) + src.slice(start, found[0] + 1).replace(" ", "")
         arguments = src.slice(found[0] + 1, found[1] + 1)
         host = _unquoted(self._attributes(first, last).get("host_name", "")) or function + arguments.replace(" ", "")
         self._rows.append((host, function, arguments, found[0]))

@@ -4,7 +4,7 @@
   because clang reads them as comma expressions or bit casts (see metal_types for the two helpers).
 - `constant` becomes `const __generic` in pointer and reference types and `constexpr` in variables.
 - threadgroup variables of a kernel become references into the arena that the entry passes as a hidden first argument.
-- kernels become plain functions, attributes and explicit instantiations go, function constants get their values.
+- kernels become plain functions, attributes, declarations and explicit instantiations go, function constants get their values.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Rewriter:
         self.alias_templates = self._alias_templates() | {"vec"}
 
     def run(self) -> str:
-        for first, last in self.reflection.instantiations:
+        for first, last in self.reflection.erased:
             self._span(first, last, "")
         for definition in self.reflection.definitions.values():
             self._kernel(definition)
@@ -151,7 +151,7 @@ class _Rewriter:
             return
         array = f"mm_in_{src.at(name)}"
         self._span(name, name + 1, array)
-        reference = f" static constexpr const __generic metal::_value<decltype({array})>& {src.at(name)} = {array};"
+        reference = f" static constexpr const __generic ::metal::_value<decltype({array})>& {src.at(name)} = {array};"
         self.edits.insert(src.tokens[end].end, reference)
 
     def _function_constant(self, i: int) -> None:
@@ -202,7 +202,7 @@ class _Rewriter:
                 self._truth(end + 2, inside=False)
             tokens = src.tokens
             self.casts.add(end + 1)
-            self.edits.replace(tokens[start - 1].start, tokens[start - 1].end, " metal::_cast<")
+            self.edits.replace(tokens[start - 1].start, tokens[start - 1].end, " ::metal::_cast<")
             self.edits.replace(tokens[end + 1].start, tokens[end + 1].end, ">{} ->* ")
 
     def _constructor(self, start: int, end: int) -> None:
@@ -212,7 +212,7 @@ class _Rewriter:
             return  # declarator: T (&name)[N]
         if src.at(closed + 1) == "{" and src.at(start - 1) not in ("return", "=", "(", ","):
             return
-        self.edits.insert(src.tokens[start].start, "metal::_make<")
+        self.edits.insert(src.tokens[start].start, "::metal::_make<")
         self.edits.insert(src.tokens[end].end, ">")
         self._truth(opened, inside=True)
 
@@ -233,10 +233,10 @@ class _Rewriter:
         if not found:
             return
         if inside:
-            self.edits.insert(src.tokens[opened].end, "metal::_truth(")
+            self.edits.insert(src.tokens[opened].end, "::metal::_truth(")
             self.edits.insert(src.tokens[closed].start, ")")
         else:
-            self.edits.insert(src.tokens[opened].start, "metal::_truth")
+            self.edits.insert(src.tokens[opened].start, "::metal::_truth")
 
     def _is_cast(self, opened: int, closed: int) -> bool:
         src = self.src
@@ -281,7 +281,7 @@ class _Rewriter:
         if src.at(i) == "decltype":
             closed = src.match.get(i + 1, i)
             if src.at(closed + 1) == "(" and src.at(i - 1) != "operator":
-                self.edits.insert(src.tokens[i].start, "metal::_make<")
+                self.edits.insert(src.tokens[i].start, "::metal::_make<")
                 self.edits.insert(src.tokens[closed].end, ">")
             return
         closed_angle = src.close_angle(i + 1)
@@ -289,7 +289,7 @@ class _Rewriter:
             return
         words = {src.at(j) for j in range(i + 2, closed_angle)}
         if words & (self.types | self.alias_templates) and not words & {"*", "&"}:
-            self._span(i, i + 1, "metal::_make")
+            self._span(i, i + 1, "::metal::_make")
 
     # --- kernels
 

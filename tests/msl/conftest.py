@@ -46,7 +46,8 @@ def msl(request: pytest.FixtureRequest) -> Run:
     def run(source: str, kernel: str, args: dict[str, Any], **launch: Any) -> dict[str, torch.Tensor]:
         if precompile:
             _precompile(precompile, source, kernel, args, launch)
-        library = MetalKernelLibrary(source, device=device, lanes=lanes, constants=launch.pop("constants", None))
+        options = {"constants": launch.pop("constants", None), "include_dirs": launch.pop("include_dirs", ())}
+        library = MetalKernelLibrary(source, device=device, lanes=lanes, **options)
         copies = {k: v.to(device, copy=True) if isinstance(v, torch.Tensor) else v for k, v in args.items()}
         dispatch_kernel(library, kernel, args=copies, **launch)
         return {k: v.cpu() for k, v in copies.items() if isinstance(v, torch.Tensor)}
@@ -66,9 +67,8 @@ def compiler() -> Compiler:
 
 def _precompile(option: str, source: str, kernel: str, args: dict[str, Any], launch: dict[str, Any]) -> None:
     target, _, folder = option.partition("=")
-    library = MetalKernelLibrary(
-        source, target=Target.parse(target), cache=RowCache(folder), constants=launch.get("constants")
-    )
+    options = {"constants": launch.get("constants"), "include_dirs": launch.get("include_dirs", ())}
+    library = MetalKernelLibrary(source, target=Target.parse(target), cache=RowCache(folder), **options)
     grid = Grid(launch.get("threads"), launch.get("threadgroups"), launch["threads_per_threadgroup"])
     values = {p.name for p in library.kernel(kernel).bound if p.role == "value"}
     library.compile(kernel)

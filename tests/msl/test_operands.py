@@ -21,15 +21,15 @@ def test_both_orders_and_compound_assignment() -> None:
         ]
     )
     assert mend(text, stderr, "/lib") == (
-        "half4 a;\nx = a.xy * metal::_operand<decltype(a.xy)>(s);\n"
-        "y = metal::_operand<decltype(f(a, b))>((s + 1)) * f(a, b);\na *= metal::_operand<decltype(a)>(s);\n"
+        "half4 a;\nx = a.xy * ::metal::_operand<decltype(a.xy)>(s);\n"
+        "y = ::metal::_operand<decltype(f(a, b))>((s + 1)) * f(a, b);\na *= ::metal::_operand<decltype(a)>(s);\n"
     )
 
 
 def test_columns_count_bytes_and_ranges_may_span_lines() -> None:
     text = "/* é */ a * (s +\n 1);\n"
     stderr = line("1:1", "{1:10-1:11}{1:14-2:4}", "'half4' (vector of 4 'half' values) and 'float'")
-    assert mend(text, stderr, "/lib") == "/* é */ a * metal::_operand<decltype(a)>((s +\n 1));\n"
+    assert mend(text, stderr, "/lib") == "/* é */ a * ::metal::_operand<decltype(a)>((s +\n 1));\n"
 
 
 def test_the_library_and_other_errors_are_left_alone() -> None:
@@ -44,7 +44,7 @@ def test_an_operand_inside_another_waits_for_the_next_round() -> None:
         line("1:1", r, "'half4' (vector of 4 'half' values) and 'float'")
         for r in ("{1:1-1:2}{1:5-1:12}", "{1:6-1:7}{1:10-1:11}")
     )
-    assert mend(text, stderr, "/lib") == "a * metal::_operand<decltype(a)>((b * s));"
+    assert mend(text, stderr, "/lib") == "a * ::metal::_operand<decltype(a)>((b * s));"
 
 
 def test_messages_lose_the_ranges() -> None:

@@ -11,10 +11,12 @@ template <int I, class F> struct mm_signature;
 template <int I, class R, class... A> struct mm_signature<I, R(A...)> { typedef __type_pack_element<I, A...> type; };
 template <int I, class F> using mm_param = typename mm_signature<I, F>::type;
 
+struct mm_untyped { uchar byte; };  // what a void pointer leads to
 template <class T> struct mm_nowhere { typedef T type; };
-template <class T> struct mm_nowhere<__global T> { typedef T type; };
-template <class T> struct mm_nowhere<__generic T> { typedef T type; };
-template <class T> struct mm_nowhere<__local T> { typedef T type; };
+template <> struct mm_nowhere<void> { typedef mm_untyped type; };
+template <class T> struct mm_nowhere<__global T> : mm_nowhere<T> {};
+template <class T> struct mm_nowhere<__generic T> : mm_nowhere<T> {};
+template <class T> struct mm_nowhere<__local T> : mm_nowhere<T> {};
 template <class T> struct mm_bare;
 template <class T> struct mm_bare<T*> : mm_nowhere<__remove_cv(T)> {};
 template <class T> struct mm_bare<T&> : mm_nowhere<__remove_cv(T)> {};

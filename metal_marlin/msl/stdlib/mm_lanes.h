@@ -7,9 +7,9 @@
 #include "metal_compute"
 
 namespace metal {
+namespace _lanes {
 
 constexpr uint _simd_width = METAL_MARLIN_LANES, _quad_width = METAL_MARLIN_LANES == 1 ? 1 : 4;
-constexpr uint _all_lanes = METAL_MARLIN_LANES == 1 ? 1u : ~0u;
 
 // --- source lanes: which lane a lane reads, given its own and the active ones
 template <uint W> struct _at {
@@ -58,16 +58,16 @@ MM_REDUCER(_xor, a ^ b, 0)
 #undef MM_REDUCER
 
 // Reductions and scans work on 32-bit or wider elements: half and bfloat are rounded once, at the end.
-template <class E> struct _widened { typedef E type; };
-template <> struct _widened<half> { typedef float type; };
-template <> struct _widened<bfloat> { typedef float type; };
-template <> struct _widened<char> { typedef int type; };
-template <> struct _widened<signed char> { typedef int type; };
-template <> struct _widened<short> { typedef int type; };
-template <> struct _widened<uchar> { typedef uint type; };
-template <> struct _widened<ushort> { typedef uint type; };
-template <> struct _widened<bool> { typedef uint type; };
-template <class T> MM_FN auto _widen(T x) { return _components_as<typename _widened<_elem<T>>::type>(x); }
+template <class E> struct _lane_word { typedef E type; };
+template <> struct _lane_word<half> { typedef float type; };
+template <> struct _lane_word<bfloat> { typedef float type; };
+template <> struct _lane_word<char> { typedef int type; };
+template <> struct _lane_word<signed char> { typedef int type; };
+template <> struct _lane_word<short> { typedef int type; };
+template <> struct _lane_word<uchar> { typedef uint type; };
+template <> struct _lane_word<ushort> { typedef uint type; };
+template <> struct _lane_word<bool> { typedef uint type; };
+template <class T> MM_FN auto _widen(T x) { return _components_as<typename _lane_word<_elem<T>>::type>(x); }
 
 #if defined(__METAL_MARLIN_CUDA__)
 #include "mm_lanes_nvptx.h"
@@ -156,43 +156,45 @@ template <uint W> MM_FN bool _is_first() {
   return (_part<W>(active, lane) & ((1u << (lane & (W - 1))) - 1)) == 0;
 }
 
+}  // namespace _lanes
+
 // The functions of one kind of group.
-#define MM_COLLECTIVES(name, W, Bits)                                                                       \
-  typedef _vote<W, Bits> name##_vote;                                                                       \
-  MM_FN name##_vote name##_ballot(bool vote) { return name##_vote(_ballot<W>(vote)); }                      \
-  MM_FN name##_vote name##_active_threads_mask() { return name##_vote(_active<W>()); }                      \
-  MM_FN bool name##_any(bool vote) { return _ballot<W>(vote) != 0; }                                        \
-  MM_FN bool name##_all(bool vote) { return _ballot<W>(!vote) == 0; }                                       \
-  MM_FN bool name##_is_first() { return _is_first<W>(); }                                                   \
-  MM_FN bool name##_is_helper_thread() { return false; }                                                    \
-  MM_SHUFFLE(name##_broadcast, ushort lane, (_at<W>{lane}))                                                 \
-  MM_SHUFFLE(name##_shuffle, ushort lane, (_at<W>{lane}))                                                   \
-  MM_SHUFFLE(name##_shuffle_xor, ushort mask, (_across<W>{mask}))                                           \
-  MM_SHUFFLE(name##_shuffle_up, ushort delta, (_below<W>{delta}))                                           \
-  MM_SHUFFLE(name##_shuffle_down, ushort delta, (_above<W>{delta}))                                         \
-  MM_SHUFFLE(name##_shuffle_rotate_up, ushort delta, (_turned{0u - delta, W}))                              \
-  MM_SHUFFLE(name##_shuffle_rotate_down, ushort delta, (_turned{delta, W}))                                 \
-  template <class T> MM_FN T name##_broadcast_first(T data) { return _shuffled(data, _first<W>{}); }        \
-  MM_FILL(name##_shuffle_and_fill_up, true, W)                                                              \
-  MM_FILL(name##_shuffle_and_fill_down, false, W)                                                           \
-  MM_REDUCE(name##_sum, (_reduce<_sum, W>(data)))                                                           \
-  MM_REDUCE(name##_product, (_reduce<_product, W>(data)))                                                   \
-  MM_REDUCE(name##_min, (_reduce<_min, W>(data)))                                                           \
-  MM_REDUCE(name##_max, (_reduce<_max, W>(data)))                                                           \
-  MM_REDUCE(name##_and, (_reduce<_and, W>(data)))                                                           \
-  MM_REDUCE(name##_or, (_reduce<_or, W>(data)))                                                             \
-  MM_REDUCE(name##_xor, (_reduce<_xor, W>(data)))                                                           \
-  MM_REDUCE(name##_prefix_inclusive_sum, (_scan<_sum, W, false>(data)))                                     \
-  MM_REDUCE(name##_prefix_exclusive_sum, (_scan<_sum, W, true>(data)))                                      \
-  MM_REDUCE(name##_prefix_inclusive_product, (_scan<_product, W, false>(data)))                             \
-  MM_REDUCE(name##_prefix_exclusive_product, (_scan<_product, W, true>(data)))
-#define MM_SHUFFLE(name, parameter, from) \
-  template <class T> MM_FN T name(T data, parameter) { return _shuffled(data, from); }
-#define MM_REDUCE(name, result) \
+#define MM_COLLECTIVES(name, W, Bits)                                                                         \
+  typedef _lanes::_vote<W, Bits> name##_vote;                                                                 \
+  MM_FN name##_vote name##_ballot(bool vote) { return name##_vote(_lanes::_ballot<W>(vote)); }                \
+  MM_FN name##_vote name##_active_threads_mask() { return name##_vote(_lanes::_active<W>()); }                \
+  MM_FN bool name##_any(bool vote) { return _lanes::_ballot<W>(vote) != 0; }                                  \
+  MM_FN bool name##_all(bool vote) { return _lanes::_ballot<W>(!vote) == 0; }                                 \
+  MM_FN bool name##_is_first() { return _lanes::_is_first<W>(); }                                             \
+  MM_FN bool name##_is_helper_thread() { return false; }                                                      \
+  MM_SHUFFLE(name##_broadcast, ushort lane, (_lanes::_at<W>{lane}))                                           \
+  MM_SHUFFLE(name##_shuffle, ushort lane, (_lanes::_at<W>{lane}))                                             \
+  MM_SHUFFLE(name##_shuffle_xor, ushort mask, (_lanes::_across<W>{mask}))                                     \
+  MM_SHUFFLE(name##_shuffle_up, ushort delta, (_lanes::_below<W>{delta}))                                     \
+  MM_SHUFFLE(name##_shuffle_down, ushort delta, (_lanes::_above<W>{delta}))                                   \
+  MM_SHUFFLE(name##_shuffle_rotate_up, ushort delta, (_lanes::_turned{0u - delta, W}))                        \
+  MM_SHUFFLE(name##_shuffle_rotate_down, ushort delta, (_lanes::_turned{delta, W}))                           \
+  template <class T> MM_FN T name##_broadcast_first(T data) { return _lanes::_shuffled(data, _lanes::_first<W>{}); }\
+  MM_FILL(name##_shuffle_and_fill_up, true, W)                                                                \
+  MM_FILL(name##_shuffle_and_fill_down, false, W)                                                             \
+  MM_REDUCE(name##_sum, (_lanes::_reduce<_lanes::_sum, W>(data)))                                             \
+  MM_REDUCE(name##_product, (_lanes::_reduce<_lanes::_product, W>(data)))                                     \
+  MM_REDUCE(name##_min, (_lanes::_reduce<_lanes::_min, W>(data)))                                             \
+  MM_REDUCE(name##_max, (_lanes::_reduce<_lanes::_max, W>(data)))                                             \
+  MM_REDUCE(name##_and, (_lanes::_reduce<_lanes::_and, W>(data)))                                             \
+  MM_REDUCE(name##_or, (_lanes::_reduce<_lanes::_or, W>(data)))                                               \
+  MM_REDUCE(name##_xor, (_lanes::_reduce<_lanes::_xor, W>(data)))                                             \
+  MM_REDUCE(name##_prefix_inclusive_sum, (_lanes::_scan<_lanes::_sum, W, false>(data)))                       \
+  MM_REDUCE(name##_prefix_exclusive_sum, (_lanes::_scan<_lanes::_sum, W, true>(data)))                        \
+  MM_REDUCE(name##_prefix_inclusive_product, (_lanes::_scan<_lanes::_product, W, false>(data)))               \
+  MM_REDUCE(name##_prefix_exclusive_product, (_lanes::_scan<_lanes::_product, W, true>(data)))
+#define MM_SHUFFLE(name, parameter, from)                                                                     \
+  template <class T> MM_FN T name(T data, parameter) { return _lanes::_shuffled(data, from); }
+#define MM_REDUCE(name, result)                                                                               \
   template <class T> MM_FN T name(T data) { return result; }
-#define MM_FILL(name, up, W)                                                                       \
-  template <class T> MM_FN T name(T data, typename type_identity<T>::type filling, ushort delta, ushort run = W) {        \
-    return _filled<up>(data, (T)filling, delta, run < W ? run : W);                                \
+#define MM_FILL(name, up, W)                                                                                  \
+  template <class T> MM_FN T name(T data, typename type_identity<T>::type filling, ushort delta, ushort run = W) {\
+    return _lanes::_filled<up>(data, (T)filling, delta, run < W ? run : W);                                   \
   }
 
 }  // namespace metal

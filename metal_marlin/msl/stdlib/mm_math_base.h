@@ -105,10 +105,10 @@ template <class E, class U> MM_FN constexpr _like<U, E> _resized(U x) {
 }
 // bfloat from and to float by integers: x86 converts element by element, and where it has the instruction drops
 // denormals. Rounds to nearest, ties to even.
-template <class T> MM_FN constexpr _floats<T> _widened(T x) {
+template <class T> MM_FN constexpr _floats<T> _from_bfloat(T x) {
   return _from_bits<_floats<T>>(_resized<uint>(_bits(x)) << 16);
 }
-template <class T> MM_FN constexpr T _narrowed(_floats<T> x) {
+template <class T> MM_FN constexpr T _to_bfloat(_floats<T> x) {
   typedef _uints<T> U;
   const U u = _bits(x);
   const U rounded = u + 0x7fffu + ((u >> 16) & 1u), quiet = u | 0x400000u;
@@ -123,9 +123,9 @@ template <class T, class A> MM_FN constexpr T _to(A a) {
     return _to<T>(a._vector());
 #ifdef __METAL_MARLIN_CPU__
   } else if constexpr (_alike<T, _floats<A>> && _alike<A, _like<A, bfloat>>) {
-    return _widened(a);
+    return _from_bfloat(a);
   } else if constexpr (_alike<A, _floats<T>> && _alike<T, _like<T, bfloat>>) {
-    return _narrowed<T>(a);
+    return _to_bfloat<T>(a);
 #endif
   } else if constexpr (_components<T> == 0) {
     return _scalar<T>(a);

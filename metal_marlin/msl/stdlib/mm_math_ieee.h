@@ -16,25 +16,30 @@ template <class F> MM_FN F rsqrt(F x) {
   return ((x > 0.0f) & (x < MM_INF)) ? better : y;
 }
 
-// x y + z in T: for 16-bit types the float sum is rounded to odd, which keeps the second rounding from going astray.
+// p + w rounded to odd, which keeps a second, narrower rounding from going astray. I: integers as wide as D's elements.
+template <class I, class D> MM_FN D _odd_sum(D p, D w) {
+  const D s = p + w;
+  const D seen = s - p;
+  const D lost = (p - (s - seen)) + (w - seen);
+  const I b = _from_bits<I>(s);
+  const auto inexact = (lost != 0) & (s - s == 0) & ((b & 1) == 0);
+  const auto outwards = (lost > 0) == (s > 0);
+  return _from_bits<D>(inexact ? (outwards ? b + 1 : b - 1) : b);
+}
+// x y + z in T. The product of two half is exact in float, that of two bfloat in double.
 template <class T> MM_FN T fma(T x, T y, T z) {
 #ifdef __METAL_MARLIN_CPU__
-  if constexpr (sizeof(_elem<T>) == 2) {
-    typedef _floats<T> F;
-    const F p = _to<F>(x) * _to<F>(y), w = _to<F>(z);
-    const F s = p + w;
-    const F seen = s - p;
-    const F lost = (p - (s - seen)) + (w - seen);
-    const _ints<F> b = _from_bits<_ints<F>>(_bits(s));
-    const auto inexact = (lost != 0.0f) & (_absolute(s) < MM_INF) & ((b & 1) == 0);
-    const auto outwards = (lost > 0.0f) == (s > 0.0f);
-    return _to<T>(_from_bits<F>(inexact ? (outwards ? b + 1 : b - 1) : b));
-  } else {
-    return __builtin_elementwise_fma(x, y, z);
+  typedef _floats<T> F;
+  if constexpr (__is_same(_elem<T>, half)) {
+    return _to<T>(_odd_sum<_ints<T>>(_to<F>(x) * _to<F>(y), _to<F>(z)));
+  } else if constexpr (__is_same(T, bfloat)) {
+    return static_cast<bfloat>(_odd_sum<long>((double)_to<float>(x) * _to<float>(y), (double)_to<float>(z)));
+  } else if constexpr (__is_same(_elem<T>, bfloat)) {
+    for (int i = 0; i < _components<T>; i++) x[i] = _math::fma((bfloat)x[i], (bfloat)y[i], (bfloat)z[i]);
+    return x;
   }
-#else
-  return __builtin_elementwise_fma(x, y, z);
 #endif
+  return __builtin_elementwise_fma(x, y, z);
 }
 
 template <class F> MM_FN F floor(F x) { return __builtin_elementwise_floor(x); }
