@@ -11,6 +11,7 @@ from typing import Any
 
 from metal_marlin.errors import MetalCompileError
 from metal_marlin.msl.lexer import Source
+from metal_marlin.msl.structs import fields, flatten, members
 
 # every compute-kernel position attribute of the Metal Shading Language specification (section 5.2.3.6)
 POSITIONS = frozenset(
@@ -114,7 +115,7 @@ class Reflection:
         self._rows: list[tuple[str, str, str, int]] = []  # host name, function, arguments, token
         self._walk(0, len(source), "")
         self._instantiate()
-        self.program = Program(self._kernels, self._flat_structs(), tuple(self._constants))
+        self.program = Program(self._kernels, flatten(self._structs), tuple(self._constants))
 
     def _walk(self, i: int, end: int, scope: str) -> None:
         src = self.source
@@ -322,53 +323,9 @@ class Reflection:
         name = next((src.at(j) for j in range(key + 1, i) if src.is_name(j) and src.at(j) not in ("alignas",)), "")
         if src.at(first) == "typedef" and src.is_name(last - 2):
             name = src.at(last - 2)
-        fields = [f for a, b in _members(src, i + 1, src.match[i]) for f in _fields(src, a, b)]
+        found = [f for a, b in members(src, i + 1, src.match[i]) for f in fields(src, a, b)]
         if name:
-            self._structs[name] = fields
-
-    def _flat_structs(self) -> dict[str, tuple[str, ...]]:
-        def paths(name: str, depth: int) -> list[str]:
-            out: list[str] = []
-            for type_name, field in self._structs.get(name, []):
-                inner = paths(type_name, depth + 1) if type_name in self._structs and depth < 4 else []
-                out += [f"{field}.{p}" for p in inner] or [field]
-            return out
-
-        return {name: tuple(paths(name, 0)) for name in self._structs}
-
-
-def _members(src: Source, i: int, end: int) -> list[tuple[int, int]]:
-    """Data-member declarations of a struct body; methods, aliases and static members are skipped."""
-    found, start = [], i
-    while i < end:
-        text = src.at(i)
-        if text == "{":
-            i = src.match[i]
-            if src.at(i + 1) != ";":
-                start = i + 1
-        elif text == "(":
-            i = src.match[i]
-        elif text == ";":
-            words = [src.at(j) for j in range(start, i)]
-            if words and not {"(", "using", "typedef", "static", "template", "friend", "static_assert"} & set(words):
-                found.append((start, i))
-            start = i + 1
-        elif text == ":" and src.at(i - 1) in ("public", "private", "protected"):
-            start = i + 1
-        i += 1
-    return found
-
-
-def _fields(src: Source, a: int, b: int) -> list[tuple[str, str]]:
-    """(type name, field name) for each declarator of a member declaration."""
-    parts, out, type_name = src.split(a, b), [], ""
-    for n, (s, e) in enumerate(parts):
-        stop = next((j for j in range(s, e) if src.at(j) in ("[", "=", "{", ":")), e)
-        if n == 0:
-            type_name = next((src.at(j) for j in range(stop - 2, s - 1, -1) if src.is_name(j)), "")
-        if src.is_name(stop - 1):
-            out.append((type_name, src.at(stop - 1)))
-    return out
+            self._structs[name] = found
 
 
 def _unquoted(text: str) -> str:

@@ -4,7 +4,8 @@
   because clang reads them as comma expressions or bit casts (see metal_types for the two helpers).
 - `constant` becomes `const __generic` in pointer and reference types and `constexpr` in variables.
 - threadgroup variables of a kernel become references into the arena that the entry passes as a hidden first argument.
-- kernels become plain functions, attributes, declarations and explicit instantiations go, function constants get their values.
+- kernels become plain functions; their declarations, explicit instantiations and attributes go.
+- function constants get their values.
 """
 
 from __future__ import annotations
