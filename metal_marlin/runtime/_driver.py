@@ -102,10 +102,14 @@ class Driver:
 
         self.launch = refuse
 
-    def status(self, name: str, *args: Any) -> int:
-        """Call the driver function ``name`` and return its status."""
+    def refuse_fork(self) -> None:
+        """Raise DriverError in a forked child of a process that had initialised CUDA."""
         if self._forked:
             raise DriverError(_FORKED)
+
+    def status(self, name: str, *args: Any) -> int:
+        """Call the driver function ``name`` and return its status."""
+        self.refuse_fork()
         return int(self._functions[name](*args))
 
     def call(self, name: str, *args: Any, doing: str) -> None:

@@ -13,6 +13,8 @@ import stat
 import struct
 import sys
 import tempfile
+import time
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Any
 from metal_marlin.errors import MetalMarlinError
 
 _MAGIC = b"MMROW1\n"
-_SUFFIX = ".row"
+_SUFFIX, _UNFINISHED, _ABANDONED_S = ".row", ".new-", 3600
 _ENV, _ENV_ROWS = "METAL_MARLIN_CACHE", "METAL_MARLIN_ROWS"
 _SHIPPED = Path(__file__).parent.parent / "rows"
 
@@ -52,32 +54,39 @@ class RowCache:
 
     def get(self, key: str, tag: str | None) -> tuple[dict[str, Any], bytes] | None:
         """(meta, binary), or None. A `tag` of None takes the newest entry of the key, whatever compiled it; folders
-        that are only read serve any tag. Damaged entries count as missing and are removed."""
+        that are only read serve any tag. Damaged entries count as missing; in the user's own folder they are removed.
+        Raises MetalMarlinError for a folder or file that somebody else owns or may write to."""
         for folder in (self.directory, *self._read_only):
-            if not folder.is_dir():
-                continue
-            exact = tag if folder == self.directory else None
-            for path in self._candidates(folder, key, exact):
+            own = folder == self.directory
+            for path in _candidates(folder, key, tag if own else None):
                 self._check(folder)
-                entry = _read(path)
+                entry = _read(path, repair=own)
                 if entry is not None:
                     return entry
         return None
 
     def put(self, key: str, tag: str, meta: dict[str, Any], binary: bytes) -> None:
-        """Store an entry; readers see the old one or the new one, never a part."""
-        self._create()
+        """Store an entry; readers see the old one or the new one, never a part.
+
+        A folder that cannot be written (read-only, full) costs a warning and a compilation the next time, no more.
+        Raises MetalMarlinError for a folder that somebody else owns or may write to.
+        """
         head = json.dumps(meta).encode()
         body = zlib.compress(struct.pack("<I", len(head)) + head + binary, 6)
-        handle, name = tempfile.mkstemp(dir=self.directory, prefix=".new-")
+        name = ""
         try:
+            self._create()
+            handle, name = tempfile.mkstemp(dir=self.directory, prefix=_UNFINISHED)
             with os.fdopen(handle, "wb") as file:
                 file.write(_MAGIC + hashlib.sha256(body).digest() + body)
             Path(name).replace(self.directory / f"{key}-{tag}{_SUFFIX}")
-        except BaseException:
-            with contextlib.suppress(OSError):
-                Path(name).unlink()
-            raise
+        except BaseException as error:
+            if name:
+                with contextlib.suppress(OSError):
+                    Path(name).unlink()
+            if not isinstance(error, OSError):
+                raise
+            warnings.warn(f"compiled kernels cannot be kept: {error}", RuntimeWarning, stacklevel=2)
 
     def clear(self) -> int:
         """Remove all entries of the writable directory; returns how many."""
@@ -86,6 +95,10 @@ class RowCache:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
                 count += 1
+        for path in self.directory.glob(f"{_UNFINISHED}*") if count else ():
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _ABANDONED_S:  # a younger one is being written
+                    path.unlink()
         return count
 
     def stats(self) -> tuple[int, int]:
@@ -99,12 +112,6 @@ class RowCache:
     def _entries(self) -> Iterator[Path]:
         return self.directory.glob(f"*{_SUFFIX}") if self.directory.is_dir() else iter(())
 
-    def _candidates(self, folder: Path, key: str, tag: str | None) -> list[Path]:
-        if tag is not None:
-            path = folder / f"{key}-{tag}{_SUFFIX}"
-            return [path] if path.is_file() else []
-        return sorted(folder.glob(f"{key}-*{_SUFFIX}"), key=lambda p: p.stat().st_mtime, reverse=True)
-
     def _create(self) -> None:
         if self.directory not in self._trusted:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -112,25 +119,43 @@ class RowCache:
 
     def _check(self, folder: Path) -> None:
         """Refuse a folder that somebody else owns or may write to."""
-        if folder in self._trusted or not hasattr(os, "getuid"):
-            return
-        state = folder.stat()
-        if state.st_uid not in (os.getuid(), 0):
-            raise MetalMarlinError(
-                f"cache {folder} belongs to user {state.st_uid}, not to you; set {_ENV} to a folder of yours"
-            )
-        if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            mode = stat.S_IMODE(state.st_mode)
-            raise MetalMarlinError(
-                f"cache {folder} may be written by others (mode {mode:o}); compiled kernels from it are native code: "
-                f"chmod go-w it"
-            )
-        self._trusted.add(folder)
+        if folder not in self._trusted:
+            _refuse_foreign(folder, folder.stat())
+            self._trusted.add(folder)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], bytes] | None:
+def _candidates(folder: Path, key: str, tag: str | None) -> list[Path]:
+    """Files that may hold the entry, newest first."""
+    if tag is not None:
+        path = folder / f"{key}-{tag}{_SUFFIX}"
+        return [path] if path.is_file() else []
+    found = []
+    for path in folder.glob(f"{key}-*{_SUFFIX}"):
+        with contextlib.suppress(FileNotFoundError):  # another process may have cleared it
+            found.append((path.stat().st_mtime_ns, path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _refuse_foreign(path: Path, state: os.stat_result) -> None:
+    if not hasattr(os, "getuid"):
+        return
+    if state.st_uid not in (os.getuid(), 0):
+        raise MetalMarlinError(
+            f"cache {path} belongs to user {state.st_uid}, not to you; set {_ENV} to a folder of yours"
+        )
+    if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        mode = stat.S_IMODE(state.st_mode)
+        raise MetalMarlinError(
+            f"cache {path} may be written by others (mode {mode:o}); compiled kernels from it are native code: "
+            f"chmod go-w it"
+        )
+
+
+def _read(path: Path, *, repair: bool) -> tuple[dict[str, Any], bytes] | None:
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            _refuse_foreign(path, os.fstat(file.fileno()))
+            data = file.read()
     except OSError:
         return None
     start = len(_MAGIC) + 32
@@ -139,6 +164,7 @@ def _read(path: Path) -> tuple[dict[str, Any], bytes] | None:
         plain = zlib.decompress(body)
         (size,) = struct.unpack_from("<I", plain)
         return json.loads(plain[4 : 4 + size]), plain[4 + size :]
-    with contextlib.suppress(OSError):
-        path.unlink()
+    if repair:
+        with contextlib.suppress(OSError):
+            path.unlink()
     return None

@@ -198,6 +198,7 @@ class Executable:
 
     def _make_plan(self, key: tuple[Any, ...], values: Values) -> _Plan | None:
         """Check a launch's shape against the limits and prepare it. None: there is nothing to run."""
+        self._driver.refuse_fork()  # the lock below may have been held when this process was forked
         grid, tptg, threads, *dynamic = key
         self.check(grid, tptg)
         if 0 in grid or 0 in threads:

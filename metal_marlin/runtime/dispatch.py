@@ -58,7 +58,7 @@ def dispatch_kernel(
 
 
 def _dim3(value: Size, what: str) -> Dim3:
-    numbers = (value,) if isinstance(value, int) else tuple(value)
+    numbers = tuple(value) if isinstance(value, Sequence) else (value,)
     if not 1 <= len(numbers) <= 3 or not all(isinstance(n, int) and n >= 0 for n in numbers):
         raise ArgumentError(f"{what} must be 1 to 3 non-negative integers, got {value!r}")
     return (*numbers, 1, 1)[:3]  # type: ignore[return-value]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -84,6 +86,7 @@ class MetalKernelLibrary:
         self._no_compiler: CompilerNotFound | None = None
         self._loaded: dict[tuple[str, bool, tuple[str, ...]], tuple[RowMeta, Executable]] = {}
         self.dispatch_state: dict[object, object] = {}  # owned by dispatch.py
+        _alive.add(self)
         self.units = self._units(source)
         self._owner: dict[str, Unit] = {}
         for unit in self.units if len(self.units) == 1 else ():
@@ -196,3 +199,16 @@ class MetalKernelLibrary:
 
     def __repr__(self) -> str:
         return f"MetalKernelLibrary({', '.join(u.name for u in self.units)}; {self.target})"
+
+
+_alive: weakref.WeakSet[MetalKernelLibrary] = weakref.WeakSet()
+
+
+def _fresh_locks() -> None:
+    """In a forked child: the thread that held a lock may not have come along."""
+    for library in list(_alive):
+        library._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_fresh_locks)

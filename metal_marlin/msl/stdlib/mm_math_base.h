@@ -76,16 +76,6 @@ template <class T> using _same_uint = _like<T, typename _integer_of<sizeof(_elem
 template <class T> MM_FN constexpr _same_uint<T> _bits(T x) { return __builtin_bit_cast(_same_uint<T>, x); }
 template <class T, class U> MM_FN constexpr T _from_bits(U u) { return __builtin_bit_cast(T, u); }
 
-// Between these, neither reassociation nor contraction: compensated steps would be undone. NVPTX has no float_control;
-// after its end products and sums contract as the CPU's flags let them.
-#ifdef __METAL_MARLIN_CPU__
-#define MM_STRICT_BEGIN _Pragma("float_control(precise, on, push)") _Pragma("clang fp contract(off)")
-#define MM_STRICT_END _Pragma("float_control(pop)")
-#else
-#define MM_STRICT_BEGIN _Pragma("clang fp contract(off)")
-#define MM_STRICT_END _Pragma("clang fp contract(fast)")
-#endif
-
 // Whether any component of a comparison's result is set.
 template <class M> MM_FN constexpr bool _any_of(M m) {
   if constexpr (_shape<M>::native) {
@@ -149,6 +139,17 @@ template <class T> MM_FN constexpr T _with_sign(T x, T y) {
   return _from_bits<T>((U)((_bits(x) & magnitude) | (_bits(y) & ~magnitude)));
 }
 
+// Between these, neither reassociation nor contraction: compensated steps would be undone. NVPTX has no float_control;
+// after its end products and sums contract as the CPU's flags let them.
+#ifdef __METAL_MARLIN_CPU__
+#define MM_STRICT_BEGIN _Pragma("float_control(precise, on, push)") _Pragma("clang fp contract(off)")
+#define MM_STRICT_END _Pragma("float_control(pop)")
+#else
+#define MM_STRICT_BEGIN _Pragma("clang fp contract(off)")
+#define MM_STRICT_END _Pragma("clang fp contract(fast)")
+#endif
+
+MM_STRICT_BEGIN
 // a b + c; F is deduced from a alone, so that b and c may be scalars.
 template <class F> MM_FN F _fused(F a, _like<F, _elem<F>> b, _like<F, _elem<F>> c) {
   return __builtin_elementwise_fma(a, b, c);
@@ -168,6 +169,8 @@ template <class F> MM_FN F _scaled(F p, _ints<F> n) {
   const _ints<F> half_n = n >> 1;
   return p * _two_to<F>(half_n) * _two_to<F>(n - half_n);
 }
+
+MM_STRICT_END
 
 #define MM_INF (__builtin_inff())
 #define MM_NAN (__builtin_nanf(""))

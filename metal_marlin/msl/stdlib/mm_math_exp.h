@@ -189,7 +189,7 @@ template <class F> MM_FN F tanh(F x) {
   const F near = _fused(x * t, q, x);
   const _exp_split<F> e = _exp_parts(_limited(a + a, 0.0f, 20.0f));
   const F far = 1.0f - 2.0f / ((e.p + 1.0f) * _two_to<F>(e.n) + 1.0f);
-  return a < 0.625f ? near : _with_sign(far, x);
+  return _with_sign(a < 0.625f ? near : far, x);
 }
 template <class F> MM_FN F asinh(F x) {
   const F a = _absolute(x);

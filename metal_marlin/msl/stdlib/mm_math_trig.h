@@ -100,7 +100,9 @@ template <class F> MM_FN _sine_pair<F> _turned(F r, _ints<F> quadrant) {
 }
 template <class F> MM_FN _sine_pair<F> sincos(F x) {
   const _reduced<F> a = _reduce(x);
-  return _turned(a.r, a.quadrant);
+  _sine_pair<F> out = _turned(a.r, a.quadrant);
+  out.s = x == 0.0f ? x : out.s;
+  return out;
 }
 template <class F> MM_FN F sin(F x) { return _math::sincos(x).s; }
 template <class F> MM_FN F cos(F x) { return _math::sincos(x).c; }
@@ -109,20 +111,23 @@ template <class F> MM_FN F tan(F x) {
   return a.s / a.c;
 }
 
-// Of pi x: n = rint(2 x) taken modulo 4 while still a float, as it may exceed every integer type.
+// Of pi x. From 2^24 on all numbers are even; x - x keeps NaN and infinities.
 template <class F> MM_FN _sine_pair<F> sincospi(F x) {
+  x = _absolute(x) < 0x1p24f ? x : _with_sign(x - x, x);
   const F n = _rounded(x + x);
   const F half_turns = _fused(n, -0.5f, x);
   const F modulo = n - 4.0f * __builtin_elementwise_floor(n * 0.25f);
   const F r = _fused(half_turns, 0x1.921fb6p1f, half_turns * -0x1.777a5cp-24f);
-  return _turned(r, _from_bits<_ints<F>>(_bits(modulo + 0x1.8p23f)));
+  _sine_pair<F> out = _turned(r, _from_bits<_ints<F>>(_bits(modulo + 0x1.8p23f)));
+  out.s = out.s == 0.0f ? _with_sign(out.s, x) : out.s;
+  out.c = out.c + 0.0f;  // +0 at every pole of tanpi
+  return out;
 }
 template <class F> MM_FN F sinpi(F x) { return _math::sincospi(x).s; }
 template <class F> MM_FN F cospi(F x) { return _math::sincospi(x).c; }
 template <class F> MM_FN F tanpi(F x) {
   const _sine_pair<F> a = _math::sincospi(x);
-  // at the poles the cosine's zero may carry either sign
-  return a.c == 0.0f ? _with_sign((F)MM_INF, a.s) : a.s / a.c;
+  return a.s / a.c;
 }
 
 // asin z = z + z t P(t), t = z², z <= 1/2; beyond, of sqrt((1 - |x|)/2).

@@ -1,0 +1,59 @@
+#pragma once
+// Vectors of what one lane owns on the cpu: 16 floats or words, for which clang picks the instructions.
+#ifdef __METAL_MARLIN_CPU__
+
+typedef float Wide __attribute__((ext_vector_type(16)));
+typedef uint WideBits __attribute__((ext_vector_type(16)));
+typedef float HalfWide __attribute__((ext_vector_type(8)));
+
+static inline WideBits wide_load(device const uint* from) {
+    WideBits v;
+    __builtin_memcpy(&v, from, sizeof(v));
+    return v;
+}
+static inline Wide wide_load(thread const float* from) {
+    Wide v;
+    __builtin_memcpy(&v, from, sizeof(v));
+    return v;
+}
+static inline void wide_store(thread float* to, Wide v) { __builtin_memcpy(to, &v, sizeof(v)); }
+
+// table[index & 15], lane by lane
+static inline Wide wide_lookup(Wide table, WideBits index) {
+#if defined(__AVX512F__)
+    typedef float Floats __attribute__((vector_size(64)));
+    typedef int Ints __attribute__((vector_size(64)));
+    return __builtin_bit_cast(Wide, __builtin_ia32_permvarsf512(__builtin_bit_cast(Floats, table),
+                                                                __builtin_bit_cast(Ints, index)));
+#elif defined(__AVX2__)
+    typedef float Floats __attribute__((vector_size(32)));
+    typedef int Ints __attribute__((vector_size(32)));
+    struct Halves {
+        Floats at[2];
+    };
+    struct Indices {
+        Ints at[2];
+    };
+    const Halves t = __builtin_bit_cast(Halves, table);
+    const Indices low = __builtin_bit_cast(Indices, index), high = __builtin_bit_cast(Indices, index << 28);
+    Halves out;
+    for (int h = 0; h < 2; ++h) {
+        const Floats a = __builtin_ia32_permvarsf256(t.at[0], low.at[h]);
+        const Floats b = __builtin_ia32_permvarsf256(t.at[1], low.at[h]);
+        out.at[h] = __builtin_ia32_blendvps256(a, b, __builtin_bit_cast(Floats, high.at[h]));
+    }
+    return __builtin_bit_cast(Wide, out);
+#else
+    Wide out;
+    for (int i = 0; i < 16; ++i) out[i] = table[index[i] & 15];
+    return out;
+#endif
+}
+
+static inline float wide_sum(Wide v) {
+    const HalfWide a = v.lo + v.hi;
+    const float4 b = a.lo + a.hi;
+    return (b.x + b.y) + (b.z + b.w);
+}
+
+#endif

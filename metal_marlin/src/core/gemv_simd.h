@@ -1,0 +1,78 @@
+#pragma once
+// The matrix-vector pipeline for any simdgroup: a simdgroup takes kRows rows of W and kTokens rows of x; its lanes
+// walk along K, each with kWords words of every row at a time; one simd_sum a row and token at the end.
+
+template <typename Format, typename T, typename S, uint kTokens> struct SimdGemv {
+    enum : uint {
+        kRows = 4,
+        kWords = kTokens == 1 ? 4 : 1,
+        kPerWord = Format::kPerWord,
+        kStep = kWords * kPerWord,
+        kRun = 16 // no scale changes within
+    };
+    struct Shared {
+        uint nothing;
+    };
+    struct Words {
+        uint w[kWords];
+    };
+
+    static Words load(device const uint* from, uint count, bool aligned) {
+        Words words;
+        if (kWords == 4 && aligned) {
+            const uint4 v = *(device const uint4*)from;
+            for (uint j = 0; j < kWords; ++j) words.w[j] = v[j];
+        } else {
+            for (uint j = 0; j < kWords; ++j) words.w[j] = j < count ? from[j] : 0;
+        }
+        return words;
+    }
+
+    static void run(GemvArguments<T, S> a, GemvPlace at, threadgroup Shared&) {
+        const uint first = (at.tgid.x * at.sgs + at.sgid) * kRows, token = at.tgid.y * kTokens;
+        float total[kRows][kTokens];
+        for (uint r = 0; r < kRows; ++r) {
+            for (uint m = 0; m < kTokens; ++m) total[r][m] = 0;
+        }
+        const uint words = a.K / kPerWord;
+        for (uint k = at.lane * kStep; k < a.K; k += kSimdWidth * kStep) {
+            const uint left = min(uint(kWords), words - k / kPerWord);
+            float xs[kTokens][kStep];
+            for (uint m = 0; m < kTokens; ++m) {
+                device const T* x = a.x + ulong(min(token + m, a.M - 1)) * a.K + k;
+                for (uint i = 0; i < kStep; ++i) xs[m][i] = i < left * kPerWord ? float(x[i]) : 0.0f;
+            }
+            for (uint r = 0; r < kRows; ++r) {
+                const ulong row = min(first + r, a.N - 1);
+                const Words w = load(a.codes + row * words + k / kPerWord, left, a.aligned);
+                step(w, a.scales + row * a.groups, k, a, xs, total[r]);
+            }
+        }
+        for (uint r = 0; r < kRows; ++r) {
+            for (uint m = 0; m < kTokens; ++m) {
+                const float sum = simd_sum(total[r][m]);
+                if (at.lane == 0 && first + r < a.N && token + m < a.M) {
+                    a.y[ulong(token + m) * a.N + first + r] = T(sum);
+                }
+            }
+        }
+    }
+
+    static void step(Words words, device const S* scales, uint k, thread const GemvArguments<T, S>& a,
+                     thread const float (&xs)[kTokens][kStep], thread float (&total)[kTokens]) {
+        for (uint run = 0; run < kStep; run += kRun) {
+            // the words of a run behind the end are 0, and so is what they are multiplied by
+            const float scale = float(scales[min((k + run) / a.group, a.groups - 1)]);
+            for (uint m = 0; m < kTokens; ++m) {
+                float dot = 0;
+                for (uint j = run / kPerWord; j < min(run + kRun, uint(kStep)) / kPerWord; ++j) {
+                    for (uint i = 0; i < 4; ++i) {
+                        const float2 v = Format::pair(words.w[j], i);
+                        dot += v.x * xs[m][j * kPerWord + i] + v.y * xs[m][j * kPerWord + i + 4];
+                    }
+                }
+                total[m] += scale * dot;
+            }
+        }
+    }
+};
