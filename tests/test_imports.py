@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -31,7 +30,7 @@ def seconds(code: str) -> float:
 
 
 def test_importing_costs_little_more_than_torch() -> None:
-    """Interleaved, medians; the public names too, since the package imports its parts on first use."""
+    """Interleaved, the fastest of several; the public names too, since the package imports its parts on first use."""
     ours = f"import torch; from metal_marlin import {PUBLIC}"
     for code in ("import torch", ours):
         seconds(code)  # files into memory
@@ -39,7 +38,7 @@ def test_importing_costs_little_more_than_torch() -> None:
     for _ in range(5):
         theirs.append(seconds("import torch"))
         both.append(seconds(ours))
-    ratio = statistics.median(both) / statistics.median(theirs)
+    ratio = min(both) / min(theirs)  # the machine's other work only adds
     print(f"import ratio {ratio:.3f}; the aim is {IMPORT_RATIO}")
     assert ratio <= IMPORT_RATIO + 0.3
 
@@ -50,7 +49,9 @@ def test_the_bare_import_does_not_import_torch() -> None:
 
 
 def test_public_names_are_there() -> None:
-    result = python("import metal_marlin as m; print([n for n in m.__all__ if getattr(m, n, None) is None], len(m.__all__))")
+    result = python(
+        "import metal_marlin as m; print([n for n in m.__all__ if getattr(m, n, None) is None], len(m.__all__))"
+    )
     assert result.stdout.startswith("[] "), result.stderr
     unknown = python("import metal_marlin; metal_marlin.no_such_name")
     assert "module 'metal_marlin' has no attribute 'no_such_name'" in unknown.stderr

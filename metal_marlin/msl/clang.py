@@ -55,6 +55,8 @@ _CPU_MATHS = (
 
 def flags(target: Target) -> tuple[str, ...]:
     """Compiler flags of a target; part of every cache key."""
+    if target.kind == "metal":  # only to expand macros
+        return _LANGUAGE
     if target.kind == "cuda":
         arch = (
             "-Xclang",

@@ -13,6 +13,7 @@ from metal_marlin.errors import MetalCompileError, UnknownKernelError
 from metal_marlin.msl.clang import Compiler, find_compiler, flags
 from metal_marlin.msl.entry import arena_bytes, entry_text, read_types, strip_types
 from metal_marlin.msl.lexer import Source
+from metal_marlin.msl.metal import metal_row
 from metal_marlin.msl.preprocess import Flattener, needs_preprocessor
 from metal_marlin.msl.reflect import FunctionConstant, Program, Reflection
 from metal_marlin.msl.rewrite import rewrite
@@ -39,7 +40,9 @@ def _digest(*parts: object) -> str:
 
 
 def device_macros(target: Target, lanes: int) -> dict[str, str]:
-    """How a source (only core/<device>/ should ask) and the standard library learn where they run."""
+    """How a source (only core/<device>/ should ask) and the standard library learn where they run. Metal adds none."""
+    if target.kind == "metal":
+        return {}
     return {f"__METAL_MARLIN_{target.kind.upper()}__": "1", "METAL_MARLIN_LANES": str(lanes)}
 
 
@@ -119,12 +122,19 @@ class Unit:
         program = self.program_key(request.target, request.lanes)
         return _digest("row", program, request.describe(), flags(request.target))
 
-    def compile(self, request: RowRequest, compiler: Compiler) -> CompiledRow:
-        """Compile one row. Raises MetalCompileError with the .metal file and line."""
+    def compile(self, request: RowRequest, compiler: Compiler | None) -> CompiledRow:
+        """Compile one row (for Metal: read it; `compiler` may then be None where the text is plain).
+
+        Raises MetalCompileError with the .metal file and line.
+        """
         reflection = self.reflection(request.target, request.lanes, compiler)
         program = reflection.program
         if request.name not in program.kernels:
             raise UnknownKernelError(request.name, list(program.kernels))
+        if request.target.kind == "metal":
+            macros = "".join(f"#define {name} {value}\n" for name, value in self.defines.items())
+            return metal_row(reflection, request.name, macros + self.source)
+        assert compiler is not None
         kernel = program.kernels[request.name]
         body = rewrite(reflection.source, reflection, resolve_constants(program.constants, request.constants))
         entry = entry_text(kernel, program, request.target.kind, by_pointer=request.by_pointer)

@@ -40,18 +40,33 @@ class Target:
     def __str__(self) -> str:
         return f"{self.kind}:{self.arch}{''.join(self.features)}"
 
+    def portable(self) -> tuple[Target, ...]:
+        """Other targets whose rows run on this one too, best first."""
+        if self.kind == "cpu" and self.arch.startswith("x86-64"):
+            levels = ("x86-64-v4", "x86-64-v3") if self.arch == "x86-64-v4" else ("x86-64-v3",)
+            found = [Target("cpu", level) for level in levels]
+        elif self.kind == "cuda":
+            own = int(re.sub(r"\D", "", self.arch))
+            numbers = sorted({own, 90, 89, 86, 80}, reverse=True)
+            found = [Target("cuda", f"sm_{n}") for n in numbers if n <= own]
+        else:
+            found = [Target(self.kind, self.arch)]
+        return tuple(t for t in found if t != self)
+
     @staticmethod
     def parse(text: str) -> Target:
-        """From "cpu" (this machine's), "cpu:x86-64-v3+f16c" or "cuda:sm_90a". Raises ArgumentError."""
+        """From "cpu" (this machine's), "cpu:x86-64-v3+f16c", "cuda:sm_90a" or "metal". Raises ArgumentError."""
         if text == "cpu":
             return Target.host_cpu()
+        if text in ("metal", "metal:apple"):
+            return Target("metal", "apple")
         kind, _, rest = text.partition(":")
         arch, *features = rest.split("+")
         if kind == "cuda" and re.fullmatch(r"sm_\d{2,3}[af]?", rest):
             return Target("cuda", rest)
         if kind == "cpu" and arch in ("x86-64-v3", "x86-64-v4", "aarch64"):
             return Target("cpu", arch, tuple(f"+{f}" for f in sorted(set(features))))
-        raise ArgumentError(f"target '{text}': expected cpu, cpu:<level>[+feature…] or cuda:sm_<NN>")
+        raise ArgumentError(f"target '{text}': expected cpu, cpu:<level>[+feature…], cuda:sm_<NN> or metal")
 
     @staticmethod
     def host_cpu() -> Target:

@@ -52,7 +52,7 @@ _INPUT_PTX, _CAPTURE_RELAXED, _LOG_BYTES = 1, 2, 16384
 NOT_INITIALIZED, NO_DEVICE = 3, 100
 INVALID_CONTEXT, INVALID_HANDLE = 201, 400
 
-_FORKED = (
+FORKED = (
     "CUDA cannot be used in this process: it was forked from one in which CUDA was already initialised. "
     "Start workers with the 'spawn' or 'forkserver' method, or fork before the first use of the GPU"
 )
@@ -98,14 +98,14 @@ class Driver:
         self._forked = True
 
         def refuse(*_: object) -> int:
-            raise DriverError(_FORKED)
+            raise DriverError(FORKED)
 
         self.launch = refuse
 
     def refuse_fork(self) -> None:
         """Raise DriverError in a forked child of a process that had initialised CUDA."""
         if self._forked:
-            raise DriverError(_FORKED)
+            raise DriverError(FORKED)
 
     def status(self, name: str, *args: Any) -> int:
         """Call the driver function ``name`` and return its status."""
@@ -135,7 +135,7 @@ class Driver:
         if known is not None and not self._forked:
             return known
         if self._forked or torch.cuda._is_in_bad_fork():
-            raise DriverError(_FORKED)
+            raise DriverError(FORKED)
         with self._lock:
             self._initialise()
             if index not in self._devices:

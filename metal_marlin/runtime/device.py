@@ -13,7 +13,7 @@ from metal_marlin.errors import NoDeviceError
 
 
 class Executable(Protocol):
-    """A loaded row."""
+    """A loaded row. Where it has a true attribute `takes_tensors`, buffers are passed as tensors, not as addresses."""
 
     def check(self, grid: tuple[int, int, int], tptg: tuple[int, int, int]) -> None:
         """Raise ArgumentError for a launch shape that the device cannot run; called once for each new one."""

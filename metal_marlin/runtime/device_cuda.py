@@ -53,7 +53,10 @@ def probe() -> str | None:
             return "this PyTorch is built without CUDA"
         if torch.version.hip is not None:
             return "this PyTorch is built for AMD GPUs; Metal Marlin's cuda device needs an NVIDIA GPU"
-        _driver.driver()
+        driver = _driver.driver()
+        driver.refuse_fork()
+        if torch.cuda._is_in_bad_fork():  # torch had started CUDA, we had not
+            return _driver.FORKED
         if torch.cuda.device_count() == 0:
             return "no NVIDIA GPU is visible"
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

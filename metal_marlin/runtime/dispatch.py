@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 
 from metal_marlin.errors import ArgumentError
 from metal_marlin.msl.row import ParamMeta
-from metal_marlin.runtime.marshal import accepted_dtypes, check_tensor, pack_type, pack_value
+from metal_marlin.runtime.marshal import accepted_dtypes, check_tensor, pack_type, pack_value, scalar_packer
 from metal_marlin.runtime.profiling import launch_traced
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ Size = int | Sequence[int]
 Dim3 = tuple[int, int, int]
 _GRIDS_KEPT = 4096
 _MISSING = object()
+_NUMBERS = (int, float)
 
 
 def dispatch_kernel(
@@ -95,14 +97,23 @@ def _grid(state: dict[Any, Any], threads: Size | None, threadgroups: Size | None
 class _Slot:
     """One bound parameter, prepared for the hot path."""
 
-    __slots__ = ("align", "allowed", "guarded", "param", "value")
+    __slots__ = ("align", "allowed", "guarded", "param", "quick", "value")
 
-    def __init__(self, param: ParamMeta) -> None:
+    def __init__(self, param: ParamMeta, addressed: bool) -> None:
         self.param = param
         self.value = param.kind == "value"
         self.allowed = accepted_dtypes(param.type)
-        self.align = param.type.align
+        self.align = param.type.align if addressed else 1
         self.guarded = not param.const
+        self.quick = scalar_packer(param.type) if self.value else None
+
+    def pack(self, value: Any) -> bytes:
+        if self.quick is not None and type(value) in _NUMBERS:
+            try:
+                return self.quick(value)
+            except (struct.error, OverflowError):  # a fraction for an integer that is whole, or an error to be told
+                pass
+        return pack_value(self.param, value)
 
 
 class Binding:
@@ -112,7 +123,8 @@ class Binding:
         self.library = library
         self.name = name
         self.meta, executable = library.load(name)
-        self.slots = [_Slot(p) for p in self.meta.params]
+        self.tensors = getattr(executable, "takes_tensors", False)
+        self.slots = [_Slot(p, not self.tensors) for p in self.meta.params]
         self.names = {s.param.name: i for i, s in enumerate(self.slots) if s.param.enabled}
         self.device = (
             torch.device(library.device.kind, library.device.index)
@@ -134,7 +146,7 @@ class Binding:
         keep: list[torch.Tensor] = []
         bound: list[int | bytes] = []
         pointers: tuple[str, ...] = ()
-        device = self.device
+        device, tensors = self.device, self.tensors
         for slot, value in zip(self.slots, values, strict=True):
             if isinstance(value, torch.Tensor):
                 address = value.data_ptr()
@@ -146,11 +158,11 @@ class Binding:
                     or (slot.guarded and value.requires_grad)
                 ):
                     check_tensor(slot.param, value, device, slot.allowed)
-                bound.append(address)
+                bound.append(value if tensors else address)  # type: ignore[arg-type]
                 if slot.value:
                     pointers += (slot.param.name,)
             elif slot.value and value is not None:
-                bound.append(pack_value(slot.param, value))
+                bound.append(slot.pack(value))
             else:
                 bound.append(self._other(slot.param, value, keep))
         dynamic = self._dynamic(memory) if memory or self.meta.dynamic else []
@@ -213,7 +225,7 @@ class Binding:
             data = b"".join(pack_type(param.type, v, param.name) for v in value)
             tensor = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8).to(self.device)
             keep.append(tensor)
-            return tensor.data_ptr()
+            return tensor if self.tensors else tensor.data_ptr()  # type: ignore[return-value]
         raise ArgumentError(
             f"{param.name}: kernel '{self.name}' takes a tensor on {self.device} here, not {type(value).__name__}"
         )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from metal_marlin.errors import CompilerNotFound, MetalMarlinError, UnknownKernelError
 from metal_marlin.msl.clang import Compiler, find_compiler
@@ -115,6 +116,13 @@ class MetalKernelLibrary:
                 self._no_compiler = error
         return self._compiler
 
+    def _stored(self, key_of: Callable[[Target], str]) -> tuple[dict[str, Any], bytes] | None:
+        """A cached entry; without a compiler also one for another target whose rows run here, the best there is."""
+        if self.compiler is not None:
+            return self._cache.get(key_of(self.target), self.compiler.tag)
+        targets = (self.target, *self.target.portable())
+        return next((found for t in targets if (found := self._cache.get(key_of(t), None)) is not None), None)
+
     def _need_compiler(self, what: str) -> Compiler:
         compiler = self.compiler
         if compiler is None:
@@ -129,16 +137,15 @@ class MetalKernelLibrary:
         with self._lock:
             if unit.has_program(self.target, lanes):
                 return unit.program(self.target, lanes)
-            key = unit.program_key(self.target, lanes)
-            tag = self.compiler.tag if self.compiler else None
-            found = self._cache.get(key, tag)
+            found = self._stored(lambda target: unit.program_key(target, lanes))
             if found is not None:
                 unit.set_program(self.target, lanes, Program.from_json(found[0]))
             else:
                 compiler = None if unit.plain else self._need_compiler(f"the expanded text of {unit.name}")
                 program = unit.program(self.target, lanes, compiler)
-                if tag is not None:
-                    self._cache.put(key, tag, program.to_json(), b"")
+                if self.compiler is not None:
+                    key = unit.program_key(self.target, lanes)
+                    self._cache.put(key, self.compiler.tag, program.to_json(), b"")
             return unit.program(self.target, lanes)
 
     def _index(self, unit: Unit) -> None:
@@ -167,21 +174,20 @@ class MetalKernelLibrary:
     def compile(self, name: str, *, tails: bool = False, by_pointer: Iterable[str] = ()) -> CompiledRow:
         """The compiled row, from the cache or the compiler; `tails` and `by_pointer` pick variants (see RowRequest)."""
         unit = self.unit_of(name)
-        request = RowRequest(
-            name,
-            self.target,
-            lanes=self.lanes(unit),
-            constants=self.constants,
-            tails=tails,
-            by_pointer=by_pointer,
-        )
-        key = unit.row_key(request)
-        found = self._cache.get(key, self.compiler.tag if self.compiler else None)
+        by_pointer = tuple(by_pointer)
+
+        def request(target: Target) -> RowRequest:
+            options = {"lanes": self.lanes(unit), "constants": self.constants}
+            return RowRequest(name, target, tails=tails, by_pointer=by_pointer, **options)  # type: ignore[arg-type]
+
+        found = self._stored(lambda target: unit.row_key(request(target)))
         if found is not None:
             return CompiledRow(RowMeta.from_json(found[0]), found[1])
-        compiler = self._need_compiler(f"kernel '{name}'")
-        row = unit.compile(request, compiler)
-        self._cache.put(key, compiler.tag, row.meta.to_json(), row.binary)
+        needless = self.target.kind == "metal" and unit.plain
+        compiler = self.compiler if needless else self._need_compiler(f"kernel '{name}'")
+        row = unit.compile(request(self.target), compiler)
+        if compiler is not None:
+            self._cache.put(unit.row_key(request(self.target)), compiler.tag, row.meta.to_json(), row.binary)
         return row
 
     def load(self, name: str, tails: bool = False, by_pointer: tuple[str, ...] = ()) -> tuple[RowMeta, Executable]:

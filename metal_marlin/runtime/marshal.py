@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from metal_marlin.errors import ArgumentError
 from metal_marlin.msl.row import FieldMeta, ParamMeta, TypeMeta
 
 _INTEGERS = {8: "b", 16: "h", 32: "i", 64: "q"}
+_FLOATS = {16: "e", 32: "f", 64: "d"}
 _BYTES = (torch.uint8, torch.int8)
 _FLOAT8 = tuple(
     getattr(torch, name)
@@ -46,12 +47,21 @@ def _scalar(kind: TypeMeta, value: Any, what: str) -> bytes:
         if kind.kind == "b":
             return struct.pack("<?", bool(value))
         if kind.kind == "f":
-            return struct.pack("<" + {16: "e", 32: "f", 64: "d"}[kind.bits], float(value))
+            return struct.pack("<" + _FLOATS[kind.bits], float(value))
         if kind.kind == "bf":
             return torch.tensor(float(value), dtype=torch.bfloat16).view(torch.int16).numpy().tobytes()
     except (struct.error, OverflowError, TypeError, ValueError):
         raise ArgumentError(f"{what}: {value!r} does not fit {kind}") from None
     raise ArgumentError(f"{what}: needs a dict of fields or a tensor, not {type(value).__name__}")
+
+
+def scalar_packer(kind: TypeMeta) -> Callable[[Any], bytes] | None:
+    """The fast way for numbers of this type, None where there is none; raises struct.error or OverflowError for a
+    number that it cannot take, and then `pack_value` knows more."""
+    code = _INTEGERS.get(kind.bits) if kind.kind in ("u", "i") else _FLOATS.get(kind.bits) if kind.kind == "f" else None
+    if code is None or kind.lanes or kind.size * 8 != kind.bits:
+        return None
+    return struct.Struct("<" + (code.upper() if kind.kind == "u" else code)).pack
 
 
 def _whole(value: Any) -> int:
@@ -127,4 +137,4 @@ def check_tensor(
         raise ArgumentError(f"{name}: the kernel may write this tensor, which requires grad; pass tensor.detach()")
 
 
-__all__ = ["FieldMeta", "accepted_dtypes", "check_tensor", "pack_type", "pack_value"]
+__all__ = ["FieldMeta", "accepted_dtypes", "check_tensor", "pack_type", "pack_value", "scalar_packer"]

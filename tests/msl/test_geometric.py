@@ -69,7 +69,9 @@ def test_against_float64(msl: Run, kind: str, width: int) -> None:
     got = msl(source, "k", {**args, "n": n}, threads=n, threads_per_threadgroup=64)["out"].double().numpy()
     for (name, function), values in zip(FUNCTIONS.items(), got, strict=True):
         want = np.broadcast_to(function(x, y, z), values.shape)
-        near = np.abs(1 - 1.5**2 * (1 - dot(y, z) ** 2)) < 0.02 if name.startswith("refract(y") else np.zeros((n, 1), bool)
+        near = (
+            np.abs(1 - 1.5**2 * (1 - dot(y, z) ** 2)) < 0.02 if name.startswith("refract(y") else np.zeros((n, 1), bool)
+        )
         off = np.abs(values - want) > RELATIVE[kind] * np.maximum(np.abs(want), 1)
         assert not np.any(off & ~near), name
 
@@ -77,23 +79,29 @@ def test_against_float64(msl: Run, kind: str, width: int) -> None:
 def test_cross(msl: Run) -> None:
     rng = np.random.default_rng(4)
     x, y = rng.uniform(-1, 1, (2, 64, 3)).astype(np.float32)
-    source = HEAD + """
+    source = (
+        HEAD
+        + """
     kernel void k(device const packed_float3* x, device const packed_float3* y, device packed_float3* out, uint i [[thread_position_in_grid]]) {
       out[i] = cross(float3(x[i]), y[i]);
     }"""
+    )
     args = {"x": torch.from_numpy(x), "y": torch.from_numpy(y), "out": torch.zeros(64, 3)}
     got = msl(source, "k", args, threads=64, threads_per_threadgroup=32)["out"].numpy()
     np.testing.assert_allclose(got, np.cross(x.astype(np.float64), y.astype(np.float64)), atol=1e-6)
 
 
 def test_smoothstep_and_exact_values(msl: Run) -> None:
-    source = HEAD + """
+    source = (
+        HEAD
+        + """
     kernel void k(device float4* out, constant float4& x) {
       out[0] = smoothstep(0.0f, 1.0f, x);
       out[1] = float4(dot(half4(x), half4(1.0h)), length(x.xy * 0.0f + float2(3, 4)), distance(x, x), length(packed_float2(6, 8)));
       out[2] = float4(normalize(float3(0, 0, 5) * x.w), distance_squared(float2(1, 2), float2(2, 4) * x.w));
       out[3] = float4(cross(half3(1, 0, 0), half3(0, half(x.w), 0)), dot(bfloat2(1.0f, 2.0f), bfloat2(3.0f, 4.0f)));
     }"""
+    )
     x = torch.tensor([-1.0, 0.25, 0.5, 1.0])
     got = msl(source, "k", {"out": torch.zeros(4, 4), "x": x.tolist()}, threads=1, threads_per_threadgroup=1)["out"]
     assert got.tolist() == [[0, 0.15625, 0.5, 1], [0.75, 5, 0, 10], [0, 0, 1, 5], [0, 0, 1, 11]]

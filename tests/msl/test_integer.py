@@ -1,5 +1,4 @@
 """Integer functions against Python's integers: every pair of 8-bit numbers, random and extreme wider ones."""
-# ruff: noqa: E501 -- tables of MSL read better unwrapped
 
 from __future__ import annotations
 
@@ -105,7 +104,9 @@ def arguments(name: str, n: int) -> list[list[int]]:
     ends = [0, 1, 2, k.high, k.high - 1, k.low, k.low + 1, k.wrap(-1), k.high // 2, k.wrap(1 << (k.bits - 2))]
     triples = [[a, b, c] for a in ends for b in ends for c in ends]
     for _ in range(n):
-        triples.append([k.wrap(int.from_bytes(rng.bytes(8), "little") >> int(rng.integers(64 - k.bits, 64))) for _ in "xyz"])
+        triples.append(
+            [k.wrap(int.from_bytes(rng.bytes(8), "little") >> int(rng.integers(64 - k.bits, 64))) for _ in "xyz"]
+        )
     triples = triples[: len(triples) // 12 * 12]
     return [list(column) for column in zip(*triples, strict=True)]
 
@@ -160,7 +161,9 @@ def test_odd_widths(msl: Run, name: str, width: int) -> None:
 
 
 def test_types_and_fields_at_run_time(msl: Run) -> None:
-    source = HEAD + """
+    source = (
+        HEAD
+        + """
     kernel void k(device const uint* x, device long* out) {
       uint a = x[0], o = x[1], b = x[2];
       out[0] = extract_bits(a, o, b);
@@ -174,6 +177,9 @@ def test_types_and_fields_at_run_time(msl: Run) -> None:
       out[8] = any(select(int4(1), int4(2), bool4(false, true, false, false)) == int4(2, 2, 2, 2));
       out[9] = max(ulong(x[3] - 1u), 7ul) + min(long(-5), 3l);
     }"""
+    )
     x = torch.tensor([0xF0F0, 4, 8, 1], dtype=torch.int32)
-    got = msl(source, "k", {"x": x, "out": torch.zeros(10, dtype=torch.int64)}, threads=1, threads_per_threadgroup=1)["out"]
+    got = msl(source, "k", {"x": x, "out": torch.zeros(10, dtype=torch.int64)}, threads=1, threads_per_threadgroup=1)[
+        "out"
+    ]
     assert got.tolist() == [0x0F, 0x0F, 0xF00, 4 + 7 + 15, 1 + 1 + 8, 3, 6 + 0 + 9, 1, 1, 2]

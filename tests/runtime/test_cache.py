@@ -77,7 +77,9 @@ def test_without_a_compiler_the_newest_entry_counts(folder: Path) -> None:
     assert found[0] == {"tag": "zig-9"}
 
 
-def test_folders_that_are_only_read_serve_any_tag(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_that_are_only_read_serve_any_tag(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shipped, other = tmp_path / "shipped", tmp_path / "other"
     RowCache(shipped).put(KEY, "zig-7", {"from": "shipped"}, b"1")
     RowCache(other).put("c" * 64, "zig-7", {"from": "other"}, b"2")
@@ -122,7 +124,9 @@ def test_stats_and_clear(folder: Path) -> None:
         ({"LOCALAPPDATA": "/local"}, "win32", "/local/metal-marlin/cache"),
     ],
 )
-def test_the_default_folder(variables: dict[str, str], platform: str, want: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_folder(
+    variables: dict[str, str], platform: str, want: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("METAL_MARLIN_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -240,7 +244,9 @@ def test_keys_depend_on_content_alone(tmp_path: Path, compiler: Compiler) -> Non
     assert not first & rows_of(tmp_path, "c3", tmp_path / "here" / "k.metal")
 
 
-def test_keys_depend_on_everything_that_matters(tmp_path: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_depend_on_everything_that_matters(
+    tmp_path: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
     variants: list[dict[str, object]] = [
         {},
         {"constants": {"k": 1.0}},

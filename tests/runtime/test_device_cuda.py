@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
+import signal
 import struct
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from metal_marlin import MetalKernelLibrary
 from metal_marlin.errors import ArgumentError, DriverError, NoDeviceError
 from metal_marlin.msl.row import CompiledRow, ParamMeta, RowMeta, TypeMeta
+from metal_marlin.msl.target import Target
 from metal_marlin.runtime import _driver, _ptx, device_cuda
 from metal_marlin.runtime.cache import RowCache
 from metal_marlin.runtime.profiling import launch_traced
@@ -145,10 +151,7 @@ def test_symbols_are_ptx_identifiers_of_their_own(name: str, symbol: str) -> Non
 
 
 def test_a_function_that_starts_like_the_entry_keeps_its_name() -> None:
-    text = (
-        HEAD
-        + b".func mm_entry_helper()\n{ ret; }\n.visible .entry mm_entry()\n{ call mm_entry_helper; ret; }\n"
-    )
+    text = HEAD + b".func mm_entry_helper()\n{ ret; }\n.visible .entry mm_entry()\n{ call mm_entry_helper; ret; }\n"
     assert _ptx.parse(text, "k").text.count(b"mm_entry_helper") == 2
 
 
@@ -263,9 +266,7 @@ def test_machine_code_is_kept(fake: FakeCuda, cache: RowCache) -> None:
     assert len(fake.assembled) == 2
 
 
-def test_a_new_driver_assembles_again(
-    fake: FakeCuda, cache: RowCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_driver_assembles_again(fake: FakeCuda, cache: RowCache, monkeypatch: pytest.MonkeyPatch) -> None:
     device_cuda.load(saxpy_row(), 0, cache)
     newer = FakeCuda(driver_version=13010)
     install(monkeypatch, newer)
@@ -379,9 +380,7 @@ def test_old_drivers_are_named(monkeypatch: pytest.MonkeyPatch, cache: RowCache)
         _driver.Driver(FakeCuda(driver_version=11080))
     install(monkeypatch, FakeCuda(driver_version=12020))
     newer = CompiledRow(saxpy_row().meta, SAXPY.replace(b".version 8.0", b".version 8.8"))
-    with pytest.raises(
-        DriverError, match=r"kernel 'saxpy': .*supports CUDA 12\.2, but the kernels need 12\.9"
-    ):
+    with pytest.raises(DriverError, match=r"kernel 'saxpy': .*supports CUDA 12\.2, but the kernels need 12\.9"):
         device_cuda.load(newer, 0, cache)
 
 
@@ -393,9 +392,7 @@ def test_rows_for_another_gpu_are_refused(fake: FakeCuda, cache: RowCache) -> No
 
 
 def test_inconsistent_rows_are_refused(fake: FakeCuda, cache: RowCache) -> None:
-    with pytest.raises(
-        DriverError, match=r"has parameters of \[\] bytes, the description says \[8, 1, 16, 8, 4\]"
-    ):
+    with pytest.raises(DriverError, match=r"has parameters of \[\] bytes, the description says \[8, 1, 16, 8, 4\]"):
         device_cuda.load(CompiledRow(saxpy_row().meta, EMPTY), 0, cache)
 
 
@@ -427,6 +424,9 @@ def test_probe_answers_and_never_starts_cuda(fake: FakeCuda, monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert device_cuda.probe() is None
     assert "cuInit" not in fake.calls
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+        assert "it was forked" in (device_cuda.probe() or "")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert device_cuda.probe() == "no NVIDIA GPU is visible"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1 // 0)
@@ -440,9 +440,7 @@ def test_probe_answers_and_never_starts_cuda(fake: FakeCuda, monkeypatch: pytest
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is a POSIX call")
 @pytest.mark.parametrize("started", [False, True])
-def test_a_forked_child_gets_an_error_only_after_cuda_started(
-    fake: FakeCuda, cache: RowCache, started: bool
-) -> None:
+def test_a_forked_child_gets_an_error_only_after_cuda_started(fake: FakeCuda, cache: RowCache, started: bool) -> None:
     executable = device_cuda.load(saxpy_row(), 0, cache) if started else None
     receive, send = multiprocessing.Pipe(duplex=False)
     pid = os.fork()
@@ -602,3 +600,105 @@ def test_gpu_forked_child(gpu: int, cache: RowCache) -> None:
     assert receive.poll(30)
     assert "forked" in receive.recv()
     child.join()
+
+
+# --- rows of the real front end
+
+REAL = """
+#include <metal_stdlib>
+using namespace metal;
+struct Mixed { uint n; float3 v; bool flag; };
+[[max_total_threads_per_threadgroup(256)]]
+kernel void mixed(device const float* x [[buffer(3)]], device float* y [[buffer(0)]], constant Mixed& m [[buffer(1)]],
+                  constant uchar& c [[buffer(2)]], threadgroup float* a [[threadgroup(0)]],
+                  threadgroup float* b [[threadgroup(1)]], uint i [[thread_position_in_grid]],
+                  uint t [[thread_index_in_threadgroup]]) {
+  threadgroup float tile[33];
+  tile[t % 33] = x[i];
+  a[t] = x[i];
+  b[t] = m.v.y;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (i < m.n && m.flag) y[i] = tile[t % 33] + a[t] * b[t] + c;
+}
+kernel void nothing() {}
+"""
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("tails", [False, True])
+@pytest.mark.parametrize("by_pointer", [(), ("m",), ("c", "m")])
+def test_real_rows_launch(
+    fake: FakeCuda, tmp_path: Path, compiler: object, arch: str, tails: bool, by_pointer: tuple[str, ...]
+) -> None:
+    cache = RowCache(tmp_path / "rows")
+    library = MetalKernelLibrary(REAL, target=Target.parse(f"cuda:{arch}"), cache=cache)
+    compiled = library.compile("mixed", tails=tails, by_pointer=by_pointer)
+    assert compiled.meta.threadgroup_bytes == 33 * 4
+    value = struct.pack("<I12x4f?15x", 9, 1, 2, 3, 0, True)
+    arguments: list[int | bytes] = [0x1000, 0x2000, value, b"\7"]
+    for slot, name in ((2, "m"), (3, "c")):
+        if name in by_pointer:
+            arguments[slot] = 0x3000 + slot
+    want = [a if isinstance(a, bytes) else struct.pack("<Q", a) for a in arguments]
+    want += [struct.pack("<I", n) for n in (144, 144 + 112)]
+    if tails:
+        want += [struct.pack("<I", n) for n in (70, 1, 1)]
+    fake.sizes = [len(w) for w in want]
+    executable = device_cuda.load(compiled, 0, cache)
+    executable.launch(arguments, (3, 1, 1), (32, 1, 1), (70, 1, 1) if tails else (96, 1, 1), [100, 64])
+    (seen,) = fake.launches
+    assert seen.symbol == "mixed"
+    assert seen.params == want
+    assert seen.shared == 144 + 112 + 64
+    with pytest.raises(ArgumentError, match=r"257 threads .* declares 256 at most"):
+        executable.check((1, 1, 1), (257, 1, 1))
+
+
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="ptxas is not installed")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a", "sm_120"])
+@pytest.mark.parametrize("name", ["mixed", "nothing"])
+def test_real_rows_assemble(tmp_path: Path, compiler: object, arch: str, name: str) -> None:
+    target = Target.parse(f"cuda:{arch if arch == 'sm_90a' else 'sm_80'}")  # sm_80's text serves every later GPU
+    library = MetalKernelLibrary(REAL, target=target, cache=RowCache(tmp_path / "rows"))
+    for tails in (False, True):
+        entry = _ptx.parse(library.compile(name, tails=tails).binary, name)
+        assert entry.isa == (8, 0)
+        text = tmp_path / "row.ptx"
+        text.write_bytes(entry.text)
+        command = ["ptxas", f"-arch={arch}", "-v", str(text), "-o", str(tmp_path / "row.cubin")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert f"Compiling entry function '{name}' for '{arch}'" in done.stderr
+        assert "0 bytes spill stores" in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is a POSIX call")
+def test_a_forked_child_never_waits_for_a_lock(fake: FakeCuda, cache: RowCache) -> None:
+    executable = device_cuda.load(saxpy_row(), 0, cache)
+    with executable._lock:  # another thread's, as far as the child knows
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(20)
+            try:
+                launch(executable, (5, 1, 1))
+            except DriverError as error:
+                os._exit(0 if "forked" in str(error) else 2)
+            os._exit(3)
+        assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_launching_is_cheap(fake: FakeCuda, cache: RowCache) -> None:
+    """What Python does for a launch, the driver's own time aside (a no-op here)."""
+    executable = device_cuda.load(saxpy_row(), 0, cache)
+    executable._driver.thread.bound = True
+    executable._driver.launch = lambda *_: 0
+    values = [0x1000, b"\7", struct.pack("<4f", 1, 2, 3, 0), 0x2000]
+    args = values, (3, 1, 1), (64, 1, 1), (192, 1, 1), [100]
+    samples = []
+    for _ in range(20):
+        start = time.perf_counter()
+        for _ in range(1000):
+            executable.launch(*args)
+        samples.append((time.perf_counter() - start) * 1e3)
+    print(f"{min(samples):.2f} µs a launch")
+    assert min(samples) < 8

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import struct
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from metal_marlin.errors import ArgumentError, MetalCompileError, MetalMarlinError, NoDeviceError
+from metal_marlin import MetalKernelLibrary, dispatch_kernel
+from metal_marlin.errors import ArgumentError, CompilerNotFound, MetalCompileError, MetalMarlinError, NoDeviceError
+from metal_marlin.msl.clang import Compiler
 from metal_marlin.msl.row import CompiledRow, ParamMeta, RowMeta, TypeMeta
+from metal_marlin.msl.target import Target
 from metal_marlin.runtime import device_mps
+from metal_marlin.runtime import library as library_module
+from metal_marlin.runtime.cache import RowCache
 
 FLOAT = TypeMeta("f", 32, 0, 4, 4)
 PARAMS = TypeMeta("struct", 0, 0, 24, 8)
@@ -127,9 +133,7 @@ def test_launch_of_nothing_and_of_too_much(metal: FakeKernel) -> None:
 
 
 def test_metals_errors_are_compile_errors(metal: FakeKernel) -> None:
-    with pytest.raises(
-        MetalCompileError, match="'scale': program_source:1:8: error: unknown type name 'vod'"
-    ):
+    with pytest.raises(MetalCompileError, match="'scale': program_source:1:8: error: unknown type name 'vod'"):
         device_mps.load(row(source="kernel vod scale() {}"), 0)
 
 
@@ -159,9 +163,7 @@ def fake_mps_tensor(**changes: Any) -> Any:
 
 
 def test_buffer_and_byte_offset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        sys.modules, "objc", SimpleNamespace(objc_object=lambda c_void_p: ("buffer", c_void_p))
-    )
+    monkeypatch.setitem(sys.modules, "objc", SimpleNamespace(objc_object=lambda c_void_p: ("buffer", c_void_p)))
     assert device_mps.mps_tensor_to_metal_buffer(fake_mps_tensor()) == (("buffer", 0x5000), 12)
 
 
@@ -173,3 +175,121 @@ def test_buffers_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "objc", None)
     with pytest.raises(MetalMarlinError, match=r"metal-marlin\[metal\]"):
         device_mps.mps_tensor_to_metal_buffer(fake_mps_tensor())
+
+
+# --- from MSL text to Metal, with a stand-in for torch.mps and no compiler
+
+TEXT = """
+#include <metal_stdlib>
+using namespace metal;
+struct IntParams { long rows, columns; long offset; };
+struct Mixed { uchar tag; float3 v; packed_float3 w; half2 h; };
+struct Arrays { int a[3]; };
+kernel void typed(device const half4* x [[buffer(1)]], device float* y [[buffer(0)]], constant IntParams& p [[buffer(2)]],
+                  constant float& a [[buffer(3)]], constant Mixed& m [[buffer(4)]], device const metal::vec<uint, 2>* v,
+                  constant Arrays& arrays, uint i [[thread_position_in_grid]]) {}
+template <typename T, int N> kernel void family(device const T* x, device packed_half3* y, device vec<T, 4>* z,
+                                                constant bool& flag) {}
+template [[host_name("family_half")]] [[kernel]] void family<half, 4>(device const half*, device packed_half3*,
+                                                                      device vec<half, 4>*, constant bool&);
+"""
+
+
+@pytest.fixture
+def mps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """A Mac without a compiler: `seen` text, and calls by kernel name."""
+    record: dict[str, Any] = {"texts": [], "calls": []}
+
+    class Library:
+        def __init__(self, text: str) -> None:
+            record["texts"].append(text)
+
+        def __getattr__(self, name: str) -> Any:
+            def call(*args: Any, **kwargs: Any) -> None:
+                record["calls"].append((name, args, kwargs))
+
+            call.max_threads_per_threadgroup = 1024  # type: ignore[attr-defined]
+            return call
+
+    monkeypatch.setattr(torch.mps, "compile_shader", Library, raising=False)
+    monkeypatch.setattr(device_mps, "probe", lambda: None)
+    monkeypatch.setattr(library_module, "find_compiler", lambda: (_ for _ in ()).throw(CompilerNotFound("none")))
+    monkeypatch.setenv("METAL_MARLIN_CACHE", str(tmp_path / "rows"))
+    device_mps._library.cache_clear()
+    return record
+
+
+def test_a_plain_text_needs_no_compiler(mps: dict[str, Any]) -> None:
+    library = MetalKernelLibrary(TEXT, device="mps")
+    assert library.kernels == ["family_half", "typed"]
+    meta = library.load("typed")[0]
+    types = {p.name: str(p.type) for p in meta.params}
+    assert types["x"] == "float16x4"
+    assert types["y"] == types["a"] == "float32"
+    assert types["v"] == "uint32x2"
+    assert {p.name: p.index for p in meta.params} == {"x": 1, "y": 0, "p": 2, "a": 3, "m": 4, "v": 5, "arrays": 6}
+    fields = {p.name: [(f.name, f.offset, f.type.size) for f in p.fields] for p in meta.params if p.kind == "value"}
+    assert fields["p"] == [("rows", 0, 8), ("columns", 8, 8), ("offset", 16, 8)]
+    assert fields["m"] == [("tag", 0, 1), ("v", 16, 16), ("w", 32, 12), ("h", 44, 4)]
+    assert fields["arrays"] == []
+    assert [str(p.type) for p in library.load("family_half")[0].params] == [
+        "float16", "float16x3", "float16x4", "bool8",
+    ]  # fmt: skip
+    assert mps["texts"] == [library.units[0].source]  # one compilation for the family, of the text as it is
+
+
+def test_layouts_read_from_the_text_are_the_compilers(tmp_path: Path, compiler: object) -> None:
+    """Where clang is at hand it states the same types, offsets and sizes."""
+    made = [
+        MetalKernelLibrary(TEXT, target=Target.parse(t), cache=RowCache(tmp_path)) for t in ("metal", "cpu:x86-64-v3")
+    ]
+    for name in ("typed", "family_half"):
+        read, stated = ({p.name: p for p in library.compile(name).meta.params} for library in made)
+        assert read.keys() == stated.keys()
+        for key, param in read.items():
+            if key != "arrays":
+                assert param == stated[key]
+
+
+def test_dispatch_hands_over_tensors_and_bytes(mps: dict[str, Any]) -> None:
+    library = MetalKernelLibrary(TEXT, device="mps")
+    args: dict[str, Any] = {
+        "x": torch.zeros(8, dtype=torch.float16),
+        "y": torch.zeros(9)[1:],  # the offset goes through setBuffer:offset:
+        "p": {"rows": 3, "columns": -1, "offset": 2**40},
+        "a": 1.5,
+        "m": {"tag": 7, "v": (1, 2, 3), "w": (4, 5, 6), "h": (0.5, -2)},
+        "v": torch.zeros(4, dtype=torch.int32),
+        "arrays": torch.zeros(3, dtype=torch.int32),
+    }
+    shape = {"threads": (40, 2), "threads_per_threadgroup": (32, 1)}
+    with pytest.raises(ArgumentError, match="x: tensor is on cpu, the library runs on mps:0"):
+        dispatch_kernel(library, "typed", args=args, **shape)
+    library.dispatch_state["typed"].device = torch.device("cpu")  # type: ignore[attr-defined]
+    dispatch_kernel(library, "typed", args=args, **shape)
+    ((name, passed, options),) = mps["calls"]
+    assert name == "typed"
+    assert options == {"threads": (40, 2, 1), "group_size": (32, 1, 1)}
+    assert passed[0] is args["y"]
+    assert passed[1] is args["x"]
+    assert passed[2] == [3, -1, 2**40]
+    assert struct.pack("<q", *passed[3])[:4] == struct.pack("<f", 1.5)
+    assert struct.pack("<6q", *passed[4]) == struct.pack("<B15x3f4x3f2e", 7, 1, 2, 3, 4, 5, 6, 0.5, -2)
+    with pytest.raises(ArgumentError, match="arrays: is struct of 0 bytes, not a struct whose fields are known"):
+        dispatch_kernel(library, "typed", args={**args, "arrays": {"a": (1, 2, 3)}}, **shape)
+    with pytest.raises(ArgumentError, match=r"x: tensor is torch\.float32"):
+        dispatch_kernel(library, "typed", args={**args, "x": torch.zeros(8)}, **shape)
+
+
+def test_texts_with_macros_need_a_compiler_or_a_stored_row(
+    mps: dict[str, Any], monkeypatch: pytest.MonkeyPatch, compiler: Compiler
+) -> None:
+    text = "#define T float\nkernel void k(device T* y, uint i [[thread_position_in_grid]]) { y[i] = N; }"
+    with pytest.raises(CompilerNotFound, match="the expanded text of <source> is not cached for metal:apple"):
+        MetalKernelLibrary(text, device="mps", defines={"N": 3})
+    with monkeypatch.context() as patch:
+        patch.setattr(library_module, "find_compiler", lambda: compiler)
+        MetalKernelLibrary(text, target=Target.parse("metal"), defines={"N": 3}).compile("k")
+    library = MetalKernelLibrary(text, device="mps", defines={"N": 3})
+    assert str(library.load("k")[0].params[0].type) == "float32"
+    assert mps["texts"] == ["#define N 3\n" + text]

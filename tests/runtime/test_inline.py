@@ -124,5 +124,5 @@ def test_wrong_names_and_bodies(compiler: Compiler) -> None:
     with pytest.raises(ArgumentError, match="'two words' is not an identifier"):
         metal_kernel("two words", "", [], [])
     broken = metal_kernel("broken", "y[0] = nothing;", [], ["y"])
-    with pytest.raises(MetalCompileError, match="kernel 'broken' does not compile.*nothing"):
+    with pytest.raises(MetalCompileError, match=r"kernel 'broken' does not compile.*nothing"):
         broken(grid=1, threadgroup=1, output_shapes=[(1,)], output_dtypes=[torch.float32])

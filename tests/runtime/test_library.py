@@ -72,6 +72,44 @@ def test_compiled_rows_need_no_compiler(cache: RowCache, compiler: Compiler, mon
     assert fill(MetalKernelLibrary(text, device="cpu", cache=RowCache(cache.directory.parent / "mine"))) == [7] * 5
 
 
+def test_rows_of_an_older_target_serve_where_there_is_no_compiler(
+    cache: RowCache, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "#define VALUE 7\n" + GOOD.replace("3", "VALUE")
+
+    def made(name: str) -> MetalKernelLibrary:
+        return MetalKernelLibrary(text, target=Target.parse(name), cache=cache)
+
+    for name in ("cuda:sm_80", "cpu:x86-64-v3"):
+        made(name).compile("fill")
+    assert made("cuda:sm_90a").compile("fill").meta.target == "cuda:sm_90a"  # with a compiler, its own
+    cache.clear()
+    for name in ("cuda:sm_80", "cpu:x86-64-v3"):
+        made(name).compile("fill")
+    monkeypatch.setattr(library, "find_compiler", lambda: (_ for _ in ()).throw(CompilerNotFound("none")))
+    assert made("cuda:sm_90a").compile("fill").meta.target == "cuda:sm_80"
+    assert fill(MetalKernelLibrary(text, device="cpu", cache=cache)) == [7] * 5
+    with pytest.raises(CompilerNotFound, match="is not cached for cpu:aarch64"):
+        made("cpu:aarch64")
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("cuda:sm_90a", ["cuda:sm_90", "cuda:sm_89", "cuda:sm_86", "cuda:sm_80"]),
+        ("cuda:sm_89", ["cuda:sm_86", "cuda:sm_80"]),
+        ("cuda:sm_80", []),
+        ("cuda:sm_120", ["cuda:sm_90", "cuda:sm_89", "cuda:sm_86", "cuda:sm_80"]),
+        ("cpu:x86-64-v4+avx512bf16", ["cpu:x86-64-v4", "cpu:x86-64-v3"]),
+        ("cpu:x86-64-v3", []),
+        ("cpu:aarch64+bf16", ["cpu:aarch64"]),
+        ("metal", []),
+    ],
+)
+def test_targets_whose_rows_run_elsewhere_too(name: str, others: list[str]) -> None:
+    assert [str(t) for t in Target.parse(name).portable()] == others
+
+
 def stand_in(folder: Path, version: str, linker: bool = True) -> Path:
     folder.mkdir()
     for name, text in {"clang": f"echo '{version}'", **({"ld.lld": "exit 1"} if linker else {})}.items():
@@ -100,7 +138,7 @@ def test_a_chosen_clang(
     if tag is not None:
         assert find_compiler().tag == tag
         return
-    with pytest.raises(CompilerNotFound, match="METAL_MARLIN_CLANG=.* is not a working clang >= 17 with ld.lld"):
+    with pytest.raises(CompilerNotFound, match=r"METAL_MARLIN_CLANG=.* is not a working clang >= 17 with ld.lld"):
         find_compiler()
 
 
@@ -147,7 +185,9 @@ def test_errors_carry_file_and_line_through_includes(tmp_path: Path, cache: RowC
     (tmp_path / "deep" / "inner.h").write_text("#pragma once\n\n\ninline float value() { return wrong_name; }\n")
     (tmp_path / "outer.h").write_text('// a comment\n#include "deep/inner.h"\n')
     source = tmp_path / "shader.metal"
-    source.write_text('#include <metal_stdlib>\n#include "outer.h"\n#include "outer.h"\n' + GOOD.replace("3", "value()"))
+    source.write_text(
+        '#include <metal_stdlib>\n#include "outer.h"\n#include "outer.h"\n' + GOOD.replace("3", "value()")
+    )
     with pytest.raises(MetalCompileError, match=r"deep/inner\.h:4.*wrong_name"):
         MetalKernelLibrary(source, device="cpu", cache=cache).compile("fill")
     (tmp_path / "deep" / "inner.h").write_text("inline float value() { return 1; }\n#define M 1\n")
@@ -160,10 +200,16 @@ def test_errors_carry_file_and_line_through_includes(tmp_path: Path, cache: RowC
     ("text", "message"),
     [
         ('\n#include "nowhere.h"\n', r'<source>:2: cannot find "nowhere\.h" \(searched '),
-        ("kernel void k(texture2d<float> t [[texture(0)]]) {}", r"<source>:1: .*'t'.*textures and samplers are not supported"),
+        (
+            "kernel void k(texture2d<float> t [[texture(0)]]) {}",
+            r"<source>:1: .*'t'.*textures and samplers are not supported",
+        ),
         ("\n\nvertex float4 v() { return 0; }", "<source>:3: only compute kernels"),
         (GOOD + "\n" + GOOD, "<source>:3: kernel 'fill' was already defined at <source>:1"),
-        ("kernel void k(device float* a [[buffer(1)]],\n device float* b [[buffer(1)]]) {}", "'a' and 'b' share index 1"),
+        (
+            "kernel void k(device float* a [[buffer(1)]],\n device float* b [[buffer(1)]]) {}",
+            "'a' and 'b' share index 1",
+        ),
     ],
 )
 def test_sources_that_cannot_be_read(text: str, message: str) -> None:
@@ -209,7 +255,7 @@ def test_an_old_cpu_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     target._host_cpu.cache_clear()
     try:
         assert "it lacks avx2" in (device_cpu.probe() or "")
-        with pytest.raises(NoDeviceError, match="no device: cpu: this CPU is below x86-64-v3.* it lacks avx2"):
+        with pytest.raises(NoDeviceError, match=r"no device: cpu: this CPU is below x86-64-v3.* it lacks avx2"):
             MetalKernelLibrary(GOOD, device="cpu")
         monkeypatch.setattr(target.platform, "machine", lambda: "riscv64")
         target._host_cpu.cache_clear()
@@ -287,5 +333,7 @@ def test_the_flat_source_of_what_ships() -> None:
 
 
 def test_a_library_says_what_it_is() -> None:
-    assert repr(MetalKernelLibrary(GOOD, target=Target.parse("cuda:sm_80"))) == "MetalKernelLibrary(<source>; cuda:sm_80)"
+    assert (
+        repr(MetalKernelLibrary(GOOD, target=Target.parse("cuda:sm_80"))) == "MetalKernelLibrary(<source>; cuda:sm_80)"
+    )
     assert sys.modules["metal_marlin"].__version__

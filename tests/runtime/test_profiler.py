@@ -9,8 +9,8 @@ from metal_marlin import MetalKernelLibrary, dispatch_kernel, metal_kernel
 
 SOURCE = """
 kernel void first_of_two(device float* y, uint i [[thread_position_in_grid]]) { y[i] += 1; }
-template <typename T> kernel void generic(device T* y, uint i [[thread_position_in_grid]]) { y[i] += 2; }
-template [[host_name("generic_float")]] [[kernel]] void generic<float>(device float* y, uint i [[thread_position_in_grid]]);
+template <typename T> kernel void family(device T* y, uint i [[thread_position_in_grid]]) { y[i] += 2; }
+template [[host_name("family_float")]] [[kernel]] void family<float>(device float* y, uint i [[thread_position_in_grid]]);
 """
 
 
@@ -20,7 +20,7 @@ def test_names_in_the_trace(device: str) -> None:
     y = torch.zeros(64, device=device)
 
     def work() -> None:
-        for name in ("first_of_two", "generic_float", "first_of_two"):
+        for name in ("first_of_two", "family_float", "first_of_two"):
             dispatch_kernel(library, name, threads=64, threads_per_threadgroup=32, args=[y])
         scale(grid=64, threadgroup=64, output_shapes=[(64,)], output_dtypes=[torch.float32], device=device)
         if device == "cuda":
@@ -31,12 +31,14 @@ def test_names_in_the_trace(device: str) -> None:
     with profile(activities=activities) as trace:
         work()
     assert y.tolist() == [8] * 64
-    counts = {"first_of_two": 2, "generic_float": 1, "scaled_inline": 1}
+    counts = {"first_of_two": 2, "family_float": 1, "scaled_inline": 1}
     host = [e.name for e in trace.events() if e.device_type == torch.autograd.DeviceType.CPU]
     assert {name: host.count(name) for name in counts} == counts
     if device == "cuda":
         gpu = [e.name for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        assert {name: sum(name in seen for seen in gpu) >= n for name, n in counts.items()} == dict.fromkeys(counts, True)
+        assert {name: sum(name in seen for seen in gpu) >= n for name, n in counts.items()} == dict.fromkeys(
+            counts, True
+        )
     averages = {e.key: e.count for e in trace.key_averages()}
     assert averages["first_of_two"] >= 2
 

@@ -1,7 +1,7 @@
 #pragma once
-// What the mathematics headers share: which types a call's arguments stand for, conversions to the type computed in,
-// bit patterns. Every function is written once for F = float or a vector of float; half and bfloat arguments are
-// widened, computed, and rounded once.
+// What the mathematics headers share: which types a call's arguments stand for, conversions to the type
+// computed in, bit patterns. Every function is written once for F = float or a vector of float; half and
+// bfloat arguments are widened, computed, and rounded once.
 #include "metal_types"
 
 namespace metal {
@@ -16,8 +16,8 @@ template <> struct _arith<double, false> { typedef float type; };
 template <class T, int N> struct _arith<packed_vec<T, N>, false> { typedef _native<T, N> type; };
 template <class A> using _arith_t = typename _arith<A>::type;
 
-// The type in which two arguments meet: a vector beats a scalar (max(half4, 0.0f) is half4); scalars follow the usual
-// conversions, except that equal types stay as they are. No type where MSL has no such call.
+// The type in which two arguments meet: a vector beats a scalar (max(half4, 0.0f) is half4); scalars follow
+// the usual conversions, except that equal types stay as they are. No type where MSL has no such call.
 template <class A, class B, bool Numbers = _scalar_number<A> && _scalar_number<B>> struct _join_of {};
 template <class A, class B> struct _join_of<A, B, true> { typedef decltype(A() + B()) type; };
 template <class A> struct _join_of<A, A, true> { typedef A type; };
@@ -29,7 +29,9 @@ template <class A, class T, int N> struct _join_of<A, _native<T, N>, false> {
   typedef _when<_scalar_number<A>> _number;
   typedef _native<T, N> type;
 };
-template <class T, int N> struct _join_of<_native<T, N>, _native<T, N>, false> { typedef _native<T, N> type; };
+template <class T, int N> struct _join_of<_native<T, N>, _native<T, N>, false> {
+  typedef _native<T, N> type;
+};
 template <class A, class B> using _join = typename _join_of<_arith_t<A>, _arith_t<B>>::type;
 template <class A, class B, class C> using _join3 = _join<_join<A, B>, C>;
 
@@ -93,8 +95,8 @@ template <class E, class U> MM_FN constexpr _like<U, E> _resized(U x) {
     return (E)x;
   }
 }
-// bfloat from and to float by integers: x86 converts element by element, and where it has the instruction drops
-// denormals. Rounds to nearest, ties to even.
+// bfloat from and to float by integers: x86 converts element by element, and where it has the instruction
+// drops denormals. Rounds to nearest, ties to even.
 template <class T> MM_FN constexpr _floats<T> _from_bfloat(T x) {
   return _from_bits<_floats<T>>(_resized<uint>(_bits(x)) << 16);
 }
@@ -139,8 +141,8 @@ template <class T> MM_FN constexpr T _with_sign(T x, T y) {
   return _from_bits<T>((U)((_bits(x) & magnitude) | (_bits(y) & ~magnitude)));
 }
 
-// Between these, neither reassociation nor contraction: compensated steps would be undone. NVPTX has no float_control;
-// after its end products and sums contract as the CPU's flags let them.
+// Between these, neither reassociation nor contraction: compensated steps would be undone. NVPTX has no
+// float_control; after its end products and sums contract as the CPU's flags let them.
 #ifdef __METAL_MARLIN_CPU__
 #define MM_STRICT_BEGIN _Pragma("float_control(precise, on, push)") _Pragma("clang fp contract(off)")
 #define MM_STRICT_END _Pragma("float_control(pop)")
@@ -171,6 +173,30 @@ template <class F> MM_FN F _scaled(F p, _ints<F> n) {
 }
 
 MM_STRICT_END
+
+#ifdef __METAL_MARLIN_CUDA__
+// The approximations of NVIDIA's GPUs, denormals included. Relative error of exp2 and rsqrt below 2^-22.5.
+namespace _hardware {
+#define MM_APPROXIMATION(name, instruction)                                                                  \
+  MM_FN float name(float x) {                                                                                \
+    float r;                                                                                                 \
+    __asm__(instruction ".f32 %0, %1;" : "=f"(r) : "f"(x));                                                  \
+    return r;                                                                                                \
+  }                                                                                                          \
+  template <int N> MM_FN _native<float, N> name(_native<float, N> x) {                                       \
+    for (int i = 0; i < N; i++) x[i] = _hardware::name(x[i]);                                                \
+    return x;                                                                                                \
+  }
+MM_APPROXIMATION(exp2, "ex2.approx")
+MM_APPROXIMATION(log2, "lg2.approx")
+MM_APPROXIMATION(rsqrt, "rsqrt.approx")
+MM_APPROXIMATION(sqrt, "sqrt.approx")
+MM_APPROXIMATION(inverse, "rcp.approx")
+MM_APPROXIMATION(sin, "sin.approx")
+MM_APPROXIMATION(cos, "cos.approx")
+#undef MM_APPROXIMATION
+}  // namespace _hardware
+#endif
 
 #define MM_INF (__builtin_inff())
 #define MM_NAN (__builtin_nanf(""))

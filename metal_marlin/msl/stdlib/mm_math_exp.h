@@ -1,13 +1,15 @@
 #pragma once
 // Exponentials, logarithms, powers and hyperbolic functions of F = float or a vector of float; branch-free.
-// The polynomials are weighted minimax fits whose coefficients were rounded to float one by one, lowest first.
+// The polynomials are weighted minimax fits whose coefficients were rounded to float one by one, lowest
+// first.
 #include "mm_math_base.h"
 MM_STRICT_BEGIN
 
 namespace metal {
 namespace _math {
 
-// Adding 1.5·2^23 rounds to an integer whose value then stands in the low bits: no conversion that NaN could upset.
+// Adding 1.5·2^23 rounds to an integer whose value then stands in the low bits: no conversion that NaN could
+// upset.
 #define MM_ROUNDER 0x1.8p23f
 #define MM_ROUNDER_BITS 0x4b400000u
 
@@ -30,10 +32,6 @@ template <class F> MM_FN _exp_split<F> _exp_parts(F x) {
   const F q = _poly(r, 0x1p-1f, 0x1.55549p-3f, 0x1.5554bep-5f, 0x1.123afep-7f, 0x1.6d7cbap-10f);
   return {_fused(r * r, q, r), _from_bits<_ints<F>>(_bits(t) - MM_ROUNDER_BITS)};
 }
-template <class F> MM_FN F exp(F x) {
-  const _exp_split<F> e = _exp_parts(_limited(x, -104.5f, 89.0f));
-  return _scaled(e.p + 1.0f, e.n);
-}
 // e^x / 2, which overflows only where sinh and cosh do.
 template <class F> MM_FN F _half_exp(F x) {
   const _exp_split<F> e = _exp_parts(_limited(x, -104.5f, 90.0f));
@@ -42,8 +40,25 @@ template <class F> MM_FN F _half_exp(F x) {
 
 // 2^r for |r| <= 1/2.
 template <class F> MM_FN F _exp2_near_zero(F r) {
-  const F q = _poly(r, 0x1.62e43p-1f, 0x1.ebfbep-3f, 0x1.c6af78p-5f, 0x1.3b2a26p-7f, 0x1.5f0ad6p-10f, 0x1.444a06p-13f);
+  const F q = _poly(r, 0x1.62e43p-1f, 0x1.ebfbep-3f, 0x1.c6af78p-5f, 0x1.3b2a26p-7f, 0x1.5f0ad6p-10f,
+                    0x1.444a06p-13f);
   return _fused(r, q, (F)1.0f);
+}
+#ifdef __METAL_MARLIN_CUDA__
+// b^x, given log2(b) in two parts, the first too small, lest it rounds x log2(b) up to 128.
+template <class F> MM_FN F _power_of(F x, float log_high, float log_low) {
+  const F z = x * log_high;
+  const F rest = _fused(x, log_low, _fused(x, log_high, -z));
+  // of infinities and what is far beyond the result's range the rest may be NaN
+  return _hardware::exp2(z) * _fused(_absolute(z) < 200.0f ? rest : (F)0.0f, 0x1.62e43p-1f, (F)1.0f);
+}
+template <class F> MM_FN F exp(F x) { return _power_of(x, 0x1.715474p0f, 0x1.295c18p-23f); }
+template <class F> MM_FN F exp10(F x) { return _power_of(x, 0x1.a934eep1f, 0x1.4bcd1cp-22f); }
+template <class F> MM_FN F exp2(F x) { return _hardware::exp2(x); }
+#else
+template <class F> MM_FN F exp(F x) {
+  const _exp_split<F> e = _exp_parts(_limited(x, -104.5f, 89.0f));
+  return _scaled(e.p + 1.0f, e.n);
 }
 template <class F> MM_FN F exp2(F x) {
   x = _limited(x, -151.0f, 129.0f);
@@ -56,10 +71,11 @@ template <class F> MM_FN F exp10(F x) {
   const F n = t - MM_ROUNDER;
   F r = _fused(n, -0x1.344136p-2f, x);
   r = _fused(n, 0x1.ec10cp-27f, r);
-  const F q = _poly(r, 0x1.26bb1cp1f, 0x1.53524cp1f, 0x1.046ffep1f, 0x1.2bd7b4p0f, 0x1.14a12ap-1f, 0x1.a87bf2p-3f,
-                    0x1.7cb9f6p-5f);
+  const F q = _poly(r, 0x1.26bb1cp1f, 0x1.53524cp1f, 0x1.046ffep1f, 0x1.2bd7b4p0f, 0x1.14a12ap-1f,
+                    0x1.a87bf2p-3f, 0x1.7cb9f6p-5f);
   return _scaled(_fused(r, q, (F)1.0f), _from_bits<_ints<F>>(_bits(t) - MM_ROUNDER_BITS));
 }
+#endif
 
 // v = 2^k m with m in [2/3, 4/3): f = m - 1 and log(m) = f + s.
 template <class F> struct _log_split {
@@ -74,8 +90,8 @@ template <class F, class... M> MM_FN _log_split<F> _log_parts(F v, M... missing)
   F f = _from_bits<F>(u - (_from_bits<_uints<F>>(k) << 23)) - 1.0f;
   f = (f + ... + (missing * _two_to<F>(down < -60 ? (_ints<F>)(-60) : down)));
   const F square = f * f;
-  const F q = _poly(f, 0x1.555558p-2f, -0x1.ffff16p-3f, 0x1.999666p-3f, -0x1.5597dcp-3f, 0x1.251798p-3f, -0x1.f3a846p-4f,
-                    0x1.b54992p-4f, -0x1.06d2b4p-3f, 0x1.f854aep-4f);
+  const F q = _poly(f, 0x1.555558p-2f, -0x1.ffff16p-3f, 0x1.999666p-3f, -0x1.5597dcp-3f, 0x1.251798p-3f,
+                    -0x1.f3a846p-4f, 0x1.b54992p-4f, -0x1.06d2b4p-3f, 0x1.f854aep-4f);
   return {_to<F>(k) - (tiny ? (F)23.0f : (F)0.0f), f, _fused(f * square, q, square * -0.5f)};
 }
 // The logarithm's values outside (0, inf) in place of r.
@@ -109,7 +125,8 @@ template <class F, class M> MM_FN F _log_plus_one(F u, F a, M large) {
   return _log_sum(l);
 }
 
-// |x|^y as 2^z: log2|x| to some 31 bits from the odd series in s = (m - 1)/(m + 1), both halves carried along.
+// |x|^y as 2^z: log2|x| to some 31 bits from the odd series in s = (m - 1)/(m + 1), both halves carried
+// along.
 template <class F> MM_FN F _pow_magnitude(F a, F y) {
   const auto tiny = a < 0x1p-126f;
   const _uints<F> u = _bits(tiny ? a * 0x1p24f : a);
@@ -185,7 +202,8 @@ template <class F> MM_FN F cosh(F x) {
 template <class F> MM_FN F tanh(F x) {
   const F a = _absolute(x);
   const F t = x * x;
-  const F q = _poly(t, -0x1.555554p-2f, 0x1.11107cp-3f, -0x1.b9f212p-5f, 0x1.63abd6p-6f, -0x1.0c801ep-7f, 0x1.1aa266p-9f);
+  const F q = _poly(t, -0x1.555554p-2f, 0x1.11107cp-3f, -0x1.b9f212p-5f, 0x1.63abd6p-6f, -0x1.0c801ep-7f,
+                    0x1.1aa266p-9f);
   const F near = _fused(x * t, q, x);
   const _exp_split<F> e = _exp_parts(_limited(a + a, 0.0f, 20.0f));
   const F far = 1.0f - 2.0f / ((e.p + 1.0f) * _two_to<F>(e.n) + 1.0f);

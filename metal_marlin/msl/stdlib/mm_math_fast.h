@@ -1,7 +1,8 @@
 #pragma once
-// What fast:: computes differently: the hardware's approximations on NVIDIA GPUs; on the CPU only angles, without the
-// long way for huge ones, and what is made of exponentials. NaN and infinities behave as in precise::. Accuracy: exp2
-// and log2 some 4 ulp, exp 4 + |x| ulp, sin and cos 2^-20 absolute for |x| < 2^15, tanh 2^-22 absolute.
+// What fast:: computes differently: the hardware's approximations on NVIDIA GPUs; on the CPU only angles,
+// without the long way for huge ones, and what is made of exponentials. NaN and infinities behave as in
+// precise::. Accuracy: exp2 and log2 some 4 ulp, exp 4 + |x| ulp, sin and cos 2^-20 absolute for |x| < 2^15,
+// tanh 2^-22 absolute.
 #include "mm_math_exp.h"
 #include "mm_math_ieee.h"
 #include "mm_math_trig.h"
@@ -9,48 +10,32 @@
 namespace metal {
 namespace _quick {
 
-#ifdef __METAL_MARLIN_CUDA__
-#define MM_APPROXIMATION(name, instruction) \
-  MM_FN float name(float x) { \
-    float r; \
-    __asm__(instruction ".f32 %0, %1;" : "=f"(r) : "f"(x)); \
-    return r; \
-  } \
-  template <int N> MM_FN _native<float, N> name(_native<float, N> x) { \
-    for (int i = 0; i < N; i++) x[i] = name(x[i]); \
-    return x; \
-  }
-MM_APPROXIMATION(exp2, "ex2.approx")
-MM_APPROXIMATION(log2, "lg2.approx")
-MM_APPROXIMATION(rsqrt, "rsqrt.approx")
-MM_APPROXIMATION(sqrt, "sqrt.approx")
-MM_APPROXIMATION(_inverse, "rcp.approx")
-MM_APPROXIMATION(_sin_turn, "sin.approx")
-MM_APPROXIMATION(_cos_turn, "cos.approx")
-#undef MM_APPROXIMATION
-#endif
-
 MM_STRICT_BEGIN
 
 #ifdef __METAL_MARLIN_CUDA__
+using _hardware::exp2;
+using _hardware::log2;
+using _hardware::rsqrt;
+using _hardware::sqrt;
 // Within half a turn, where the instructions are accurate.
 template <class F> MM_FN F _within_turn(F x) {
   const F n = _rounded(x * 0x1.45f306p-3f);
   return _fused(n, 0x1.777a5cp-23f, _fused(n, -0x1.921fb6p2f, x));
 }
+template <class F> MM_FN F _inverse(F x) { return _hardware::inverse(x); }
 template <class F> MM_FN F exp(F x) { return _quick::exp2(x * 0x1.715476p0f); }
 template <class F> MM_FN F exp10(F x) { return _quick::exp2(x * 0x1.a934fp1f); }
 template <class F> MM_FN F log(F x) { return _quick::log2(x) * 0x1.62e43p-1f; }
 template <class F> MM_FN F log10(F x) { return _quick::log2(x) * 0x1.344136p-2f; }
-template <class F> MM_FN F sin(F x) { return _quick::_sin_turn(_within_turn(x)); }
-template <class F> MM_FN F cos(F x) { return _quick::_cos_turn(_within_turn(x)); }
+template <class F> MM_FN F sin(F x) { return _hardware::sin(_within_turn(x)); }
+template <class F> MM_FN F cos(F x) { return _hardware::cos(_within_turn(x)); }
 template <class F> MM_FN _math::_sine_pair<F> sincos(F x) {
   const F r = _within_turn(x);
-  return {_quick::_sin_turn(r), _quick::_cos_turn(r)};
+  return {_hardware::sin(r), _hardware::cos(r)};
 }
 template <class F> MM_FN F tan(F x) {
   const _math::_sine_pair<F> a = _quick::sincos(x);
-  return a.s * _quick::_inverse(a.c);
+  return a.s * _hardware::inverse(a.c);
 }
 template <class F> MM_FN F divide(F x, F y) {
   F r = x;
@@ -94,7 +79,7 @@ template <class F> MM_FN F pow(F x, F y) {
 template <class F> MM_FN F powr(F x, F y) { return _quick::exp2(y * _quick::log2(x)); }
 template <class F> MM_FN F tanh(F x) {
   const F e = _quick::exp(2.0f * _absolute(x));
-  return _with_sign(1.0f - 2.0f * _quick::_inverse(e + 1.0f), x);
+  return _with_sign(1.0f - 2.0f * _inverse(e + 1.0f), x);
 }
 
 MM_STRICT_END

@@ -1,6 +1,6 @@
 #pragma once
-// Functions with exact or correctly rounded results: square roots, remainders, and the ones that take a number's
-// representation apart. F is float or a vector of float; T any floating-point scalar or vector.
+// Functions with exact or correctly rounded results: square roots, remainders, and the ones that take a
+// number's representation apart. F is float or a vector of float; T any floating-point scalar or vector.
 #include "mm_math_base.h"
 MM_STRICT_BEGIN
 
@@ -8,15 +8,21 @@ namespace metal {
 namespace _math {
 
 template <class F> MM_FN F rsqrt(F x) {
-  F y = 1.0f / __builtin_elementwise_sqrt(x);
-  // One Newton step with the residual 1 - x y² in two parts: correctly rounded but for ties closer than 2^-20 ulp.
+#ifdef __METAL_MARLIN_CUDA__
+  const F y = _hardware::rsqrt(x);
+#else
+  const F y = 1.0f / __builtin_elementwise_sqrt(x);
+#endif
+  // One Newton step with the residual 1 - x y² in two parts: correctly rounded but for ties closer than 2^-20
+  // ulp.
   const F h = x * y;
   const F residual = _fused(-h, y, (F)1.0f) - _fused(x, y, -h) * y;
   const F better = _fused(residual * 0.5f, y, y);
   return ((x > 0.0f) & (x < MM_INF)) ? better : y;
 }
 
-// p + w rounded to odd, which keeps a second, narrower rounding from going astray. I: integers as wide as D's elements.
+// p + w rounded to odd, which keeps a second, narrower rounding from going astray. I: integers as wide as D's
+// elements.
 template <class I, class D> MM_FN D _odd_sum(D p, D w) {
   const D s = p + w;
   const D seen = s - p;
@@ -114,7 +120,8 @@ template <class T> MM_FN T nextafter(T x, T y) {
   return _from_bits<T>(_to<_same_uint<T>>(__builtin_bit_cast(_uints<T>, r)));
 }
 
-// The quotient's integer is exact while it has fewer than 24 bits; larger ones are taken off 22 bits at a time.
+// The quotient's integer is exact while it has fewer than 24 bits; larger ones are taken off 22 bits at a
+// time.
 template <class F> MM_FN F _remainder_once(F a, F b) {
   const F r = _fused(-__builtin_elementwise_trunc(a / b), b, a);
   return r < 0.0f ? r + b : r;

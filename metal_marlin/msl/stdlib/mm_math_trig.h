@@ -6,8 +6,8 @@ MM_STRICT_BEGIN
 namespace metal {
 namespace _math {
 
-// 2/pi in three pieces for each sixteen binary exponents of the argument: the bits that only add whole turns are left
-// out; the first two pieces have 29 bits, so that their products with a float are exact in double.
+// 2/pi in three pieces for each sixteen binary exponents of the argument: the bits that only add whole turns
+// are left out; the first two pieces have 29 bits, so that their products with a float are exact in double.
 static __constant const ulong _two_over_pi[24] = {
     0x3fe4000000000000ul, 0x3f87cc1b70000000ul, 0x3dd391054a7f09d5ul,
     0x3fe45f3000000000ul, 0x3e8b727220000000ul, 0x3cb529fc2757d1f4ul,
@@ -96,7 +96,8 @@ template <class F> MM_FN _sine_pair<F> _turned(F r, _ints<F> quadrant) {
   const auto odd = (quadrant & 1) != 0;
   const _uints<F> bits = _from_bits<_uints<F>>(quadrant);
   const F sine = odd ? c : s, cosine = odd ? s : c;
-  return {_from_bits<F>(_bits(sine) ^ ((bits & 2u) << 30)), _from_bits<F>(_bits(cosine) ^ (((bits + 1u) & 2u) << 30))};
+  return {_from_bits<F>(_bits(sine) ^ ((bits & 2u) << 30)),
+          _from_bits<F>(_bits(cosine) ^ (((bits + 1u) & 2u) << 30))};
 }
 template <class F> MM_FN _sine_pair<F> sincos(F x) {
   const _reduced<F> a = _reduce(x);
@@ -132,7 +133,8 @@ template <class F> MM_FN F tanpi(F x) {
 
 // asin z = z + z t P(t), t = z², z <= 1/2; beyond, of sqrt((1 - |x|)/2).
 template <class F> MM_FN F _asin_near(F z, F t) {
-  const F q = _poly(t, 0x1.55554cp-3f, 0x1.3338a6p-4f, 0x1.6ca908p-5f, 0x1.04bf1ep-5f, 0x1.d692fap-7f, 0x1.343084p-5f);
+  const F q = _poly(t, 0x1.55554cp-3f, 0x1.3338a6p-4f, 0x1.6ca908p-5f, 0x1.04bf1ep-5f, 0x1.d692fap-7f,
+                    0x1.343084p-5f);
   return _fused(z * t, q, z);
 }
 template <class F> MM_FN F asin(F x) {
@@ -154,8 +156,8 @@ template <class F> MM_FN F acos(F x) {
 
 template <class F> MM_FN F _atan_near(F z) {
   const F t = z * z;
-  const F q = _poly(t, -0x1.55554p-2f, 0x1.999268p-3f, -0x1.242656p-3f, 0x1.c0cb8ep-4f, -0x1.58c74p-4f, 0x1.dcc3bp-5f,
-                    -0x1.01628p-5f, 0x1.69e638p-7f, -0x1.ddc9dep-10f);
+  const F q = _poly(t, -0x1.55554p-2f, 0x1.999268p-3f, -0x1.242656p-3f, 0x1.c0cb8ep-4f, -0x1.58c74p-4f,
+                    0x1.dcc3bp-5f, -0x1.01628p-5f, 0x1.69e638p-7f, -0x1.ddc9dep-10f);
   return _fused(z * t, q, z);
 }
 template <class F> MM_FN F atan(F x) {

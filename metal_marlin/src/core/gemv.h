@@ -4,7 +4,7 @@
 //
 //   x       T     [M, K]
 //   codes   uint  [N, K / 8]              Format's words, row-major
-//   scales  S     [N, ceil(K / group)]    group: a multiple of 16, or K
+//   scales  S     [N, ceil(K / group)]    group: 16, 32, 64, 128, ... or K
 //   y       T     [M, N]
 //
 // Gemv<Format, T, S, kTokens> is the device's pipeline:
@@ -28,14 +28,15 @@ template <typename T, typename S> struct GemvArguments {
     device const uint* codes;
     device const S* scales;
     device T* y;
-    uint M, N, K, group, groups, rows;
+    uint M, N, K, groups, rows;
+    uint shift; // weight k has scale k >> shift
     bool aligned;
 
     GemvArguments(device const T* x, device const uint* codes, device const S* scales, device T* y,
                   constant GemvShape& shape)
         : x(x), codes(codes), scales(scales), y(y), M(uint(shape.M)), N(uint(shape.N)), K(uint(shape.K)),
-          group(uint(shape.group)), groups((uint(shape.K) + uint(shape.group) - 1) / uint(shape.group)),
-          rows(uint(shape.rows)), aligned(shape.aligned != 0) {}
+          groups((uint(shape.K) + uint(shape.group) - 1) / uint(shape.group)), rows(uint(shape.rows)),
+          shift(groups == 1 ? 31 : ctz(uint(shape.group))), aligned(shape.aligned != 0) {}
 };
 
 // Where a thread stands; sgs: simdgroups of a threadgroup.

@@ -15,10 +15,22 @@ struct FP4 {
     }
     enum : uint { kScaledBy = 14 }; // scaled_pair holds values * 2^-14
 
-    // The same for bfloat, whose exponent has three bits more: values * 2^-126, as bits.
-    static uint scaled_bfloat_pair(uint word, uint i) {
-        const uint t = word << (12 - 4 * i);
-        return (t & 0x80008000u) | ((t >> 6) & 0x01c001c0u);
+    // All four pairs of a word, as bits: shifts and masks are shared by codes 1, 3, 5, 7 and by 0, 2, 4, 6.
+    static void scaled_pairs(uint word, thread uint (&pairs)[4]) {
+        const uint odd = (word & 0x80808080u) | ((word >> 3) & 0x7f7f7f7fu);
+        const uint even = ((word << 4) & 0x80808080u) | ((word << 1) & 0x7f7f7f7fu);
+        pairs[0] = (even << 8) & 0x8e008e00u;
+        pairs[1] = (odd << 8) & 0x8e008e00u;
+        pairs[2] = even & 0x8e008e00u;
+        pairs[3] = odd & 0x8e008e00u;
+    }
+
+    // The same for bfloat, whose exponent has three bits more: values * 2^-126.
+    static void scaled_bfloat_pairs(uint word, thread uint (&pairs)[4]) {
+        for (uint i = 0; i < 4; ++i) {
+            const uint t = word << (12 - 4 * i);
+            pairs[i] = (t & 0x80008000u) | ((t >> 6) & 0x01c001c0u);
+        }
     }
 
     static float2 pair(uint word, uint i) { return float2(scaled_pair(word, i)) * 16384.0f; }

@@ -7,7 +7,7 @@ template <typename Format, typename T> struct MmaOperand;
 template <typename Format> struct MmaOperand<Format, half> {
     static constexpr float kUnit = float(1 << Format::kScaledBy); // left in the sums: half subnormals are exact there
 
-    static uint pair(uint word, uint i) { return as_type<uint>(Format::scaled_pair(word, i)); }
+    static void pairs(uint word, thread uint (&w)[4]) { Format::scaled_pairs(word, w); }
     static uint scaled(uint pair, uint scale) { return times(times(pair, 0x74007400u), scale); } // 2^14
     static uint times(uint a, uint b) {
         uint d;
@@ -25,7 +25,10 @@ template <typename Format> struct MmaOperand<Format, half> {
 template <typename Format> struct MmaOperand<Format, bfloat> {
     static constexpr float kUnit = 1; // sums 2^-126 too small would lose their low bits
 
-    static uint pair(uint word, uint i) { return times(Format::scaled_bfloat_pair(word, i), 0x7e807e80u); } // 2^126
+    static void pairs(uint word, thread uint (&w)[4]) {
+        Format::scaled_bfloat_pairs(word, w);
+        for (uint i = 0; i < 4; ++i) w[i] = times(w[i], 0x7e807e80u); // 2^126
+    }
     static uint scaled(uint pair, uint scale) { return times(pair, scale); }
     static uint times(uint a, uint b) {
         uint d;
@@ -43,9 +46,9 @@ template <typename Format> struct MmaOperand<Format, bfloat> {
 // Matrix-vector with the matrix instruction: a threadgroup takes 16 rows, its simdgroups take turns along K, 128 weights
 // a turn. A dot product does not care in which order k is visited, so the 16 bytes a lane reads of a row are its
 // operands of eight m16n8k16 steps, and x is read in the same order. Lane = 4 * r + c reads weights 32 * c ... of rows
-// r and r + 8, and x of token r. All loads of kAhead turns are in flight before the first is used.
+// r and r + 8, and x of token r. Codes are read kAhead turns in advance, x and scales (cached) one turn.
 template <typename Format, typename T, typename S, uint kTokens> struct MmaGemv {
-    enum : uint { kRows = 16, kColumns = 8, kMaxSimdgroups = 16, kStep = 128, kLane = 32, kAhead = 4 };
+    enum : uint { kRows = 16, kColumns = 8, kMaxSimdgroups = 16, kStep = 128, kLane = 32, kAhead = 2, kChains = 1 };
     typedef MmaOperand<Format, T> Operand;
 
     struct Shared {
@@ -56,13 +59,14 @@ template <typename Format, typename T, typename S, uint kTokens> struct MmaGemv 
         device const uint* codes[2];
         device const S* scales[2];
         device const T* x;
-        uint k; // first weight of this lane in a turn
         bool reads_x;
     };
-
-    struct Turn {
-        uint4 codes[2], x[4];
+    struct Weights {
+        uint4 codes[2];
         S scales[2][2];
+    };
+    struct Activations {
+        uint4 v[4];
     };
 
     static uint4 stream(device const uint* from) {
@@ -73,85 +77,103 @@ template <typename Format, typename T, typename S, uint kTokens> struct MmaGemv 
         return uint4(v[0], v[1], v[2], v[3]);
     }
 
-    // `count` words of 4 that lie before the end of the row
-    static uint4 words(device const uint* from, uint count) {
-        uint4 v = 0;
-        for (uint j = 0; j < 4; ++j) {
-            if (j < count) v[j] = from[j];
-        }
-        return v;
+    static uint halves(uint a, uint b, uint which) {
+        uint d;
+        __asm__("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(which));
+        return d;
     }
 
     static uint join(T a, T b) { return uint(as_type<ushort>(a)) | uint(as_type<ushort>(b)) << 16; }
 
+    // The lane's 32 codes of both rows from weight k on, 0 behind the end, and their scales.
     template <bool kAligned, bool kFine>
-    static Turn load(thread const GemvArguments<T, S>& a, thread const Lane& lane, uint k0) {
-        Turn turn;
-        const uint k = k0 + lane.k, left = k < a.K ? min((a.K - k) / 8, 4u) : 0;
-        const uint group = min(k / a.group, a.groups - 1);
+    static void load(thread Weights& w, thread const GemvArguments<T, S>& a, thread const Lane& lane, uint k) {
+#pragma unroll
         for (uint h = 0; h < 2; ++h) {
-            turn.codes[h] = 0;
+            w.codes[h] = 0;
             if (kAligned) {
-                if (left != 0) turn.codes[h] = stream(lane.codes[h] + k / 8);
+                if (k < a.K) w.codes[h] = stream(lane.codes[h] + k / 8);
             } else {
-                turn.codes[h] = words(lane.codes[h] + k / 8, left);
+                for (uint j = 0; j < 4; ++j) {
+                    if (k + 8 * j < a.K) w.codes[h][j] = lane.codes[h][k / 8 + j];
+                }
             }
-            turn.scales[h][0] = lane.scales[h][group];
-            if (kFine) turn.scales[h][1] = lane.scales[h][min((k + 16) / a.group, a.groups - 1)];
+            w.scales[h][0] = lane.scales[h][min(k >> a.shift, a.groups - 1)];
+            if (kFine) w.scales[h][1] = lane.scales[h][min((k + 16) >> a.shift, a.groups - 1)];
         }
+    }
+
+    template <bool kAligned>
+    static void load(thread Activations& x, thread const GemvArguments<T, S>& a, thread const Lane& lane, uint k) {
+#pragma unroll
         for (uint j = 0; j < 4; ++j) {
-            turn.x[j] = 0;
-            if (lane.reads_x && j < left) {
-                device const T* x = lane.x + k + 8 * j;
+            x.v[j] = 0;
+            if (lane.reads_x && k + 8 * j < a.K) {
+                device const T* from = lane.x + k + 8 * j;
                 if (kAligned) {
-                    turn.x[j] = *(device const uint4*)x;
+                    x.v[j] = *(device const uint4*)from;
                 } else {
-                    turn.x[j] = uint4(join(x[0], x[1]), join(x[2], x[3]), join(x[4], x[5]), join(x[6], x[7]));
+                    x.v[j] = uint4(join(from[0], from[1]), join(from[2], from[3]), join(from[4], from[5]),
+                                   join(from[6], from[7]));
                 }
             }
         }
-        return turn;
     }
 
-    template <bool kFine> static void multiply(thread const Turn& turn, thread float (&total)[4]) {
-        float d[4] = {0, 0, 0, 0};
+    template <bool kFine>
+    static void multiply(thread const Weights& w, thread const Activations& activations, thread float (&total)[4]) {
+        float d[kChains][4] = {}; // sums that do not wait for each other
 #pragma unroll
         for (uint j = 0; j < 4; ++j) {
-            uint w[2][4], b[4];
-            const uint4 x = turn.x[j]; // codes i and i + 4 of a word are a pair
-            b[0] = (x.x & 0xffffu) | x.z << 16;
-            b[1] = x.x >> 16 | (x.z & 0xffff0000u);
-            b[2] = (x.y & 0xffffu) | x.w << 16;
-            b[3] = x.y >> 16 | (x.w & 0xffff0000u);
+            uint p[2][4], b[4];
+            const uint4 x = activations.v[j]; // codes i and i + 4 of a word are a pair
+            b[0] = halves(x.x, x.z, 0x5410);
+            b[1] = halves(x.x, x.z, 0x7632);
+            b[2] = halves(x.y, x.w, 0x5410);
+            b[3] = halves(x.y, x.w, 0x7632);
 #pragma unroll
             for (uint h = 0; h < 2; ++h) {
-                const T scale = T(float(turn.scales[h][kFine ? j / 2 : 0]));
+                Operand::pairs(w.codes[h][j], p[h]);
+                if (kFine) {
+                    const T scale = T(float(w.scales[h][j / 2]));
 #pragma unroll
-                for (uint i = 0; i < 4; ++i) {
-                    w[h][i] = Operand::pair(turn.codes[h][j], i);
-                    if (kFine) w[h][i] = Operand::scaled(w[h][i], join(scale, scale));
+                    for (uint i = 0; i < 4; ++i) p[h][i] = Operand::scaled(p[h][i], join(scale, scale));
                 }
             }
-            Operand::mma(d, w[0][0], w[1][0], w[0][1], w[1][1], b[0], b[1]);
-            Operand::mma(d, w[0][2], w[1][2], w[0][3], w[1][3], b[2], b[3]);
+            Operand::mma(d[(2 * j) % kChains], p[0][0], p[1][0], p[0][1], p[1][1], b[0], b[1]);
+            Operand::mma(d[(2 * j + 1) % kChains], p[0][2], p[1][2], p[0][3], p[1][3], b[2], b[3]);
         }
-        const float low = kFine ? 1.0f : float(turn.scales[0][0]), high = kFine ? 1.0f : float(turn.scales[1][0]);
-        total[0] += low * d[0];
-        total[1] += low * d[1];
-        total[2] += high * d[2];
-        total[3] += high * d[3];
+#pragma unroll
+        for (uint s = 1; s < kChains; ++s) {
+            for (uint i = 0; i < 4; ++i) d[0][i] += d[s][i];
+        }
+        const float low = kFine ? 1.0f : float(w.scales[0][0]), high = kFine ? 1.0f : float(w.scales[1][0]);
+        total[0] += low * d[0][0];
+        total[1] += low * d[0][1];
+        total[2] += high * d[0][2];
+        total[3] += high * d[0][3];
     }
 
+    // Weights are loaded where the turn that they replace has just used them: a copy would wait for them.
     template <bool kAligned, bool kFine, uint kTurns>
     static void sum(thread const GemvArguments<T, S>& a, thread const Lane& lane, GemvPlace at,
                     thread float (&total)[4]) {
-        const uint stride = at.sgs * kStep;
-        for (uint k = at.sgid * kStep; k < a.K; k += kTurns * stride) {
-            Turn turns[kTurns];
+        const uint stride = at.sgs * kStep, c = kLane * (at.lane % 4);
+        Weights w[kTurns];
+        uint turn = at.sgid * kStep;
 #pragma unroll
-            for (uint t = 0; t < kTurns; ++t) turns[t] = load<kAligned, kFine>(a, lane, k + t * stride);
+        for (uint t = 0; t < kTurns; ++t) load<kAligned, kFine>(w[t], a, lane, turn + c + t * stride);
+        while (turn < a.K) {
 #pragma unroll
-            for (uint t = 0; t < kTurns; ++t) multiply<kFine>(turns[t], total);
+            for (uint t = 0; t < kTurns; ++t) {
+                if (turn < a.K) {
+                    Activations x;
+                    load<kAligned>(x, a, lane, turn + c);
+                    multiply<kFine>(w[t], x, total);
+                    load<kAligned, kFine>(w[t], a, lane, turn + c + kTurns * stride);
+                }
+                turn += stride;
+            }
         }
     }
 
@@ -167,16 +189,15 @@ template <typename Format, typename T, typename S, uint kTokens> struct MmaGemv 
         }
         lane.reads_x = r < tokens;
         lane.x = a.x + ulong(token + (lane.reads_x ? r : 0)) * a.K;
-        lane.k = kLane * c;
 
         // Scales of groups that one turn lies in multiply its sums; scales of finer groups multiply the weights, which
         // are then rounded to T, as they are when dequantised.
         float total[4] = {0, 0, 0, 0};
-        const bool coarse = a.groups == 1 || a.group % kStep == 0;
+        const bool coarse = a.shift >= 7;
         if (coarse && a.aligned) {
             sum<true, false, kAhead>(a, lane, at, total);
         } else if (a.aligned) {
-            sum<true, true, kAhead / 2>(a, lane, at, total);
+            sum<true, true, kAhead>(a, lane, at, total);
         } else {
             sum<false, true, 1>(a, lane, at, total);
         }
@@ -190,7 +211,8 @@ template <typename Format, typename T, typename S, uint kTokens> struct MmaGemv 
         for (uint i = at.sgid * kSimdWidth + at.lane; i < kRows * tokens; i += at.sgs * kSimdWidth) {
             const uint row = i % kRows, m = i / kRows;
             float y = 0;
-            for (uint s = 0; s < at.sgs; ++s) y += sh.sums[s][row][m];
+#pragma unroll
+            for (uint s = 0; s < kMaxSimdgroups; ++s) y += s < at.sgs ? sh.sums[s][row][m] : 0.0f;
             if (first + row < a.N) a.y[ulong(token + m) * a.N + first + row] = T(y);
         }
     }
