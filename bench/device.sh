@@ -46,12 +46,20 @@ note() {
 
 last_line() { grep -E "$2" "$LOGS/$1" | tail -n 1 | tr -d '=' | sed 's/^ *//; s/ *$//' || true; }
 
+frontend() { "$PYTHON" -c 'from metal_marlin.msl.program import frontend_hash; print(frontend_hash())'; }
+
 run_pytest() { "$PYTHON" -m pytest -q -rfE -p no:cacheprovider --tb=short "$@"; }
 
 stage_prepare() {
-    local folders status=ok
+    local folders stamp status=ok
     mapfile -t folders < <(suites tests/msl tests/ops tests/runtime)
     mkdir -p -m 700 $ROWS $WHEELS
+    # Every key holds the front end's digest: rows of another one can never be found again.
+    stamp=$(frontend)
+    if [ "$(cat $ROWS/frontend 2>/dev/null)" != "$stamp" ]; then
+        find $ROWS -name '*.row' -delete
+        printf '%s\n' "$stamp" >$ROWS/frontend
+    fi
     step "Compiling the rows of the tests for $TARGET into $ROWS"
     run_pytest -n auto -m 'not cuda' --precompile "$TARGET=$ROWS" "${folders[@]}" "$@" 2>&1 |
         tee "$LOGS/prepare.log" | tail -n 15 || status=FAIL
@@ -64,6 +72,10 @@ stage_prepare() {
     step "Fetching wheels (used where the GPU machine's own packages are missing or too old)"
     "$PYTHON" -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
         --platform any -d $WHEELS pytest pluggy iniconfig packaging pygments mpmath || note wheels WARN "none fetched"
+    if [ "$(frontend)" != "$stamp" ]; then
+        status=FAIL
+        echo "The front end or the standard library changed meanwhile: run prepare again."
+    fi
     note prepare $status "$(find $ROWS -name '*.row' | wc -l) rows, $(du -sh $ROWS | cut -f1) in $ROWS;" \
         "$(last_line prepare.log ' in [0-9.]+s')"
     cat <<TEXT

@@ -19,8 +19,8 @@ from metal_marlin.msl import operands
 from metal_marlin.msl.target import Target
 
 _ENV = "METAL_MARLIN_CLANG"
-_OLDEST = 17
-_INSTALL = "install one with: pip install 'metal-marlin[compiler]' (or set METAL_MARLIN_CLANG to a clang >= 17)"
+_OLDEST = 22  # the standard library uses builtins that older ones lack
+_INSTALL = f"install one with: pip install 'metal-marlin[compiler]' (or set METAL_MARLIN_CLANG to a clang >= {_OLDEST})"
 _TIMEOUT = 120
 _LANGUAGE = ("-x", "cl", "-cl-std=clc++2021", "-cl-no-stdinc", "-Xclang", "-cl-ext=+all", "-fdeclspec")
 _COMMON = (
@@ -182,7 +182,7 @@ def _ziglang() -> Compiler | None:
 
 
 def find_compiler() -> Compiler:
-    """METAL_MARLIN_CLANG, else the ziglang wheel, else a system clang >= 17 with lld.
+    """METAL_MARLIN_CLANG, else the ziglang wheel, else a system clang >= 22 with lld.
 
     Raises CompilerNotFound saying what to install; a METAL_MARLIN_CLANG that does not work is an error, not skipped.
     """

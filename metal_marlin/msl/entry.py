@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from metal_marlin.errors import MetalCompileError
 from metal_marlin.msl.reflect import Kernel, Param, Program
+from metal_marlin.msl.rewrite import renamed
 from metal_marlin.msl.row import FieldMeta, ParamMeta, TypeMeta
 
 _MAGIC = (0x6D6D7479, 0x70657331, 0x2D6D6D31, 0x726F7773)
@@ -29,7 +30,7 @@ def entry_text(kernel: Kernel, program: Program, target: str, *, by_pointer: Ite
     lines = ["", '# 1 "<entry>"', "#undef constant", f"typedef decltype(::{kernel.callee}) mm_function;"]
     lines.append(_type_table(kernel, program))
     build = _cpu_entry if target == "cpu" else _cuda_entry
-    return "\n".join([*lines, *build(kernel, frozenset(by_pointer)), ""])
+    return renamed("\n".join([*lines, *build(kernel, frozenset(by_pointer)), ""]))
 
 
 def _type_table(kernel: Kernel, program: Program) -> str:

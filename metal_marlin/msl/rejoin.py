@@ -12,6 +12,13 @@ import re
 
 from metal_marlin.msl.lexer import Edits, Source
 
+# Fibres meet in the order of code addresses (mm_fibre.h), so rows for the CPU with 32 lanes are compiled with blocks
+# left in the order of the source: no placement by frequency, no merging of tails, no exit blocks before loop bodies.
+FLAGS = (
+    *("-mllvm", "-disable-block-placement", "-mllvm", "-disable-branch-fold"),
+    *("-Xclang", "-disable-lifetime-markers"),
+)
+
 _COLLECTIVE = re.compile(
     r"(simd|quad)_(sum|product|min|max|and|or|xor|all|any|ballot|is_first|active_threads_mask"
     r"|prefix_\w+|broadcast\w*|shuffle\w*)"

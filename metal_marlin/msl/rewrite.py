@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from metal_marlin.errors import MetalCompileError
@@ -36,6 +37,11 @@ _CAST_AFTER = frozenset("return else case do co_return".split())
 _SCALARS = frozenset(
     "bool char uchar short ushort int uint long ulong half float bfloat unsigned signed size_t".split()
 )
+
+
+def renamed(text: str) -> str:
+    """Generated text that uses names of the source, under the names that `rewrite` gives them."""
+    return re.sub(rf"\b({'|'.join(sorted(_RENAMED))})\b", r"\1_", text)
 
 
 def rewrite(source: Source, reflection: Reflection, constants: Mapping[str, str]) -> str:

@@ -104,14 +104,14 @@ def plan(
     if device == "cpu":  # 8 threadgroups a thread even out; each brings x into order once, so not too few rows
         rows = max(4, min(256, -(-N // (8 * pool)) + 3 & ~3))
         return Plan(row, (-(-N // rows), down), 1, rows, lanes=1)
-    if device == "cuda" and dtype != torch.float32:
-        return Plan(row, (-(-N // 16), down), 256, 16, lanes=32)
+    if device == "cuda" and dtype != torch.float32:  # enough simdgroups to hide reads, each with a turn of 128 weights
+        most = 256 if N > 6144 else 384 if base.endswith("_batched") else 512
+        threads = min(most, 32 * -(-K // 128))
+        return Plan(row, (-(-N // 16), down), threads, 16, lanes=32)
     return Plan(row, (-(-N // 16), down), 128, 16, lanes=32)
 
 
-def linear_decode_ref(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, group_size: int
-) -> torch.Tensor:
+def linear_decode_ref(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, group_size: int) -> torch.Tensor:
     """The meaning, in float64: x [..., K] times the decoded weights [N, K], transposed."""
     return x.double() @ fp4.decode(codes, scales, group_size).T
 

@@ -49,7 +49,7 @@ Values = Sequence[int | bytes]
 def probe() -> str | None:
     """Return None where this device can be used, else the reason why not. Never raises, never starts CUDA."""
     try:
-        if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
+        if not torch.backends.cuda.is_built():
             return "this PyTorch is built without CUDA"
         if torch.version.hip is not None:
             return "this PyTorch is built for AMD GPUs; Metal Marlin's cuda device needs an NVIDIA GPU"
@@ -59,7 +59,7 @@ def probe() -> str | None:
             return _driver.FORKED
         if torch.cuda.device_count() == 0:
             return "no NVIDIA GPU is visible"
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        if torch.cuda.is_initialized():
             target(torch.cuda.current_device())
     except MetalMarlinError as error:
         return str(error)

@@ -14,13 +14,12 @@
 using namespace metal;
 
 template <typename Format, typename T, typename S, uint kTokens>
-[[kernel]] void decode_gemv(device const T* x [[buffer(0)]], device const uint* codes [[buffer(1)]],
-                            device const S* scales [[buffer(2)]], device T* y [[buffer(3)]],
-                            constant GemvShape& shape [[buffer(4)]],
-                            uint3 tgid [[threadgroup_position_in_grid]],
-                            uint sgid [[simdgroup_index_in_threadgroup]],
-                            uint lane [[thread_index_in_simdgroup]],
-                            uint sgs [[simdgroups_per_threadgroup]]) {
+[[kernel]] void
+decode_gemv(device const T* x [[buffer(0)]], device const uint* codes [[buffer(1)]],
+            device const S* scales [[buffer(2)]], device T* y [[buffer(3)]],
+            constant GemvShape& shape [[buffer(4)]], uint3 tgid [[threadgroup_position_in_grid]],
+            uint sgid [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+            uint sgs [[simdgroups_per_threadgroup]]) {
     typedef Gemv<Format, T, S, kTokens> Core;
     threadgroup typename Core::Shared sh;
     Core::run(GemvArguments<T, S>(x, codes, scales, y, shape), GemvPlace{tgid, sgid, lane, sgs}, sh);

@@ -53,7 +53,9 @@ def test_values_are_e2m1() -> None:
 )
 def test_the_metal_policy_is_the_twin(device: str, lanes: int | None) -> None:
     """Every code in every place of a word, among every neighbour."""
-    codes = torch.tensor([[c if i == p else n for i in range(8)] for p in range(8) for c in range(16) for n in range(16)])
+    codes = torch.tensor(
+        [[c if i == p else n for i in range(8)] for p in range(8) for c in range(16) for n in range(16)]
+    )
     words = fp4.pack(codes).flatten().to(device)
     values, pairs = (torch.full((n, codes.numel()), float("nan"), device=device) for n in (1, 2))
     bfloats = torch.zeros(codes.numel(), dtype=torch.int16, device=device)
@@ -71,7 +73,9 @@ def test_pack_and_unpack() -> None:
     codes = torch.randint(0, 16, (5, 48), generator=torch.Generator().manual_seed(1))
     words = fp4.pack(codes)
     assert words.dtype == torch.int32
-    expected = [[sum(int(c) << (4 * i) for i, c in enumerate(row[8 * w : 8 * w + 8])) for w in range(6)] for row in codes]
+    expected = [
+        [sum(int(c) << (4 * i) for i, c in enumerate(row[8 * w : 8 * w + 8])) for w in range(6)] for row in codes
+    ]
     assert (words.long() & 0xFFFFFFFF).tolist() == expected
     assert torch.equal(fp4.unpack(words).long(), codes)
 
@@ -129,5 +133,7 @@ def test_bad_weights(weight: torch.Tensor, group: int, dtype: torch.dtype, messa
 
 
 def test_bad_scales() -> None:
-    with pytest.raises(ArgumentError, match=r"scales: shape \(2, 3\); codes of 2 rows with K = 64, group_size = 16 need"):
+    with pytest.raises(
+        ArgumentError, match=r"scales: shape \(2, 3\); codes of 2 rows with K = 64, group_size = 16 need"
+    ):
         fp4.decode(torch.zeros(2, 8, dtype=torch.int32), torch.zeros(2, 3), 16)

@@ -57,7 +57,17 @@ def test_fetch_and_modify(msl: Run, space: str, msl_type: str) -> None:
     body = "\n    ".join(
         f"r[{i}] = atomic_fetch_{name}_explicit(&a[{i}], {operand}, memory_order_relaxed);"
         for i, (name, operand) in enumerate(
-            [("add", 5), ("sub", 3), ("and", 12), ("or", 12), ("xor", 12), ("min", 7), ("max", 7), ("min", 90), ("max", 90)]
+            [
+                ("add", 5),
+                ("sub", 3),
+                ("and", 12),
+                ("or", 12),
+                ("xor", 12),
+                ("min", 7),
+                ("max", 7),
+                ("min", 90),
+                ("max", 90),
+            ]
         )
     )
     last, r = one_thread(msl, msl_type, space, [10] * 9, body, 9)

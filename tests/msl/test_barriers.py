@@ -58,7 +58,13 @@ kernel void k(device int* y [[buffer(0)]], constant int& rounds [[buffer(1)]], u
     }}
     y[tid] = v;
 }}"""
-    out = msl(source, "k", {"y": torch.zeros(160, dtype=torch.int32), "rounds": 23}, threadgroups=1, threads_per_threadgroup=160)
+    out = msl(
+        source,
+        "k",
+        {"y": torch.zeros(160, dtype=torch.int32), "rounds": 23},
+        threadgroups=1,
+        threads_per_threadgroup=160,
+    )
     assert out["y"].tolist() == [(t + 23 * 37) % 160 + 23 for t in range(160)]
 
 
@@ -83,7 +89,9 @@ kernel void k(device int* y [[buffer(0)]], uint tid [[thread_index_in_threadgrou
     }}
     y[group * n + tid] = v;
 }}"""
-    out = msl(source, "k", {"y": torch.zeros(6, 96, dtype=torch.int32)}, threadgroups=6, threads_per_threadgroup=96)["y"]
+    out = msl(source, "k", {"y": torch.zeros(6, 96, dtype=torch.int32)}, threadgroups=6, threads_per_threadgroup=96)[
+        "y"
+    ]
     for group in range(6):
         by = 3 if group % 2 == 0 else 5 * group
         assert out[group].tolist() == [(t + by) % 96 for t in range(96)]
@@ -106,7 +114,9 @@ kernel void k(device int* y [[buffer(0)]], uint3 p [[thread_position_in_grid]], 
 }}"""
     shape = tuple(reversed(threads))
     tptg = (4, 2, 3)
-    out = msl(source, "k", {"y": torch.zeros(shape, dtype=torch.int32)}, threads=threads, threads_per_threadgroup=tptg)["y"]
+    out = msl(source, "k", {"y": torch.zeros(shape, dtype=torch.int32)}, threads=threads, threads_per_threadgroup=tptg)[
+        "y"
+    ]
     at = torch.arange(1, out.numel() + 1).reshape(shape)
     want = torch.zeros_like(at)
     for z in range(0, shape[0], 3):
@@ -128,7 +138,9 @@ kernel void k(device int* y [[buffer(0)]], uint tid [[thread_index_in_threadgrou
     if (lane % 2) v += 100 * simd_sum(1);
     y[tid] = v + 10000 * simd_sum(1);
 }}"""
-    out = msl(source, "k", {"y": torch.zeros(96, dtype=torch.int32)}, threadgroups=1, threads_per_threadgroup=96)["y"].tolist()
+    out = msl(source, "k", {"y": torch.zeros(96, dtype=torch.int32)}, threadgroups=1, threads_per_threadgroup=96)[
+        "y"
+    ].tolist()
     there = [t % 5 != 2 and t < 70 for t in range(96)]
     for t in range(96):
         group = range(t // 32 * 32, t // 32 * 32 + 32)
@@ -175,7 +187,9 @@ kernel void k(device const int* x [[buffer(0)]], device int* y [[buffer(1)]], ui
     if (sgid > 0 && lane == 0) y[sgid - 1] = acc;
 }}"""
     x = torch.randint(-100, 100, (10, 64), generator=torch.Generator().manual_seed(2)).int()
-    out = msl(source, "k", {"x": x, "y": torch.zeros(3, dtype=torch.int32)}, threadgroups=1, threads_per_threadgroup=128)["y"]
+    out = msl(
+        source, "k", {"x": x, "y": torch.zeros(3, dtype=torch.int32)}, threadgroups=1, threads_per_threadgroup=128
+    )["y"]
     low, high = int(x[:, :32].sum()), int(x[:, 32:].sum())
     assert out.tolist() == [low * s + high for s in (1, 2, 3)]
 
@@ -219,7 +233,9 @@ kernel void k(device int* y [[buffer(0)]], uint tid [[thread_index_in_threadgrou
     }}
     y[tid] = v;
 }}"""
-    out = msl(source, "k", {"y": torch.zeros(5, 32, dtype=torch.int32)}, threadgroups=1, threads_per_threadgroup=160)["y"]
+    out = msl(source, "k", {"y": torch.zeros(5, 32, dtype=torch.int32)}, threadgroups=1, threads_per_threadgroup=160)[
+        "y"
+    ]
     v = torch.arange(32).repeat(5, 1)
     for turn in range(4):
         v = torch.stack([v[s].roll(-(s + turn)) for s in range(5)])

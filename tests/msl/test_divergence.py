@@ -1,4 +1,4 @@
-"""Random programs of branches, loops and collectives against an interpreter that runs lanes in lockstep."""
+"""Collectives where only some lanes are active: in branches, in loops, and in random programs of both."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,170 @@ Statement = tuple[Any, ...]
 THREADS = 32 + 21
 WRAP = 1 << 32
 
+HEAD = """#include <metal_stdlib>
+using namespace metal;
+"""
 
+# --- some lanes only
+DIVERGENT: dict[str, tuple[str, Callable[[int, int], int]]] = {
+    # body (v = lane + 1, result in r), expected (lane, size of the simdgroup)
+    "both branches": (
+        "if (lane % 3 == 0) r = simd_sum(v); else r = simd_max(v);",
+        lambda i, n: sum(j + 1 for j in range(0, n, 3)) if i % 3 == 0 else max(j + 1 for j in range(n) if j % 3),
+    ),
+    "nested": (
+        "if (lane < 20) { if (lane & 1) r = simd_sum(v); r += 1000 * simd_sum(1); }",
+        lambda i, n: (
+            0 if i >= 20 else 1000 * min(n, 20) + (sum(j + 1 for j in range(1, min(n, 20), 2)) if i & 1 else 0)
+        ),
+    ),
+    "loop with different trip counts": (
+        "for (uint i = 0; i <= lane % 5; ++i) r += simd_sum(1);",
+        lambda i, n: sum(sum(1 for j in range(n) if j % 5 >= t) for t in range(i % 5 + 1)),
+    ),
+    "loop left early": (
+        "for (uint i = 0; i < 8; ++i) { if (i > lane) break; r = r * 2 + simd_sum(1); } r = r * 3 + simd_sum(1);",
+        lambda i, n: 3 * _broken_loop(i, n) + n,
+    ),
+    "shuffle inside a branch": (
+        "if (lane >= 8 && lane < 16) r = simd_shuffle_xor(v, 3) + 100 * simd_broadcast_first(v);",
+        lambda i, n: (i ^ 3) + 1 + 900 if 8 <= i < 16 else 0,
+    ),
+    "scan inside a branch": (
+        "if (lane % 2) r = simd_prefix_exclusive_sum(v) + 10000 * simd_prefix_inclusive_sum(1);",
+        lambda i, n: sum(j + 1 for j in range(1, i, 2)) + 10000 * ((i + 1) // 2) if i % 2 else 0,
+    ),
+    "switch": (
+        "switch (lane % 4) { case 0: r = simd_min(v); break; case 1: r = simd_sum(v); break; default: r = simd_or(v); }",
+        lambda i, n: _switched(i, n),
+    ),
+    "different functions, one call site": (
+        "r = helper(lane % 2 ? v : 2 * v); if (lane % 2) r += helper(v);",
+        lambda i, n: (
+            sum((j + 1) * (1 if j % 2 else 2) for j in range(n)) + (sum(j + 1 for j in range(1, n, 2)) if i % 2 else 0)
+        ),
+    ),
+    "return before": (
+        "if (lane % 4 == 2) { out[tid] = -1; return; } r = simd_sum(v) + 10000 * simd_prefix_inclusive_sum(1);",
+        lambda i, n: (
+            -1
+            if i % 4 == 2
+            else sum(j + 1 for j in range(n) if j % 4 != 2) + 10000 * sum(1 for j in range(i + 1) if j % 4 != 2)
+        ),
+    ),
+}
+
+
+def _broken_loop(lane: int, n: int) -> int:
+    r = 0
+    for i in range(8):
+        if i > lane:
+            break
+        r = r * 2 + sum(1 for j in range(n) if j >= i)
+    return r
+
+
+def _switched(lane: int, n: int) -> int:
+    kind = min(lane % 4, 2)
+    values = [j + 1 for j in range(n) if min(j % 4, 2) == kind]
+    return int((min, sum, np.bitwise_or.reduce)[kind](values))
+
+
+def run_divergent(msl: Run, body: str, threads: int) -> list[int]:
+    """r of every thread (64 places, -7 where no thread is) after `body`, with v = lane + 1 and r = 0 before it."""
+    source = f"""{HEAD}
+inline int helper(int v) {{ return simd_sum(v); }}
+inline int maybe(int v, uint part) {{ if (v % 4 != int(part)) return 0; return simd_sum(v) * int(part + 1); }}
+kernel void k(device int* out [[buffer(0)]], uint tid [[thread_position_in_grid]],
+              uint lane [[thread_index_in_simdgroup]]) {{
+    const int v = int(lane) + 1;
+    int r = 0;
+    {body}
+    out[tid] = r;
+}}"""
+    out = torch.full((64,), -7, dtype=torch.int32)
+    return msl(source, "k", {"out": out}, threads=threads, threads_per_threadgroup=64)["out"].tolist()
+
+
+MARKED = pytest.mark.skipif(not hasattr(rewrite, "rejoin"), reason="the rewriter does not mark loops yet")
+FULL_AND_TAIL = pytest.mark.parametrize("threads", [64, 50], ids=["full", "tail"])
+
+
+@FULL_AND_TAIL
+@pytest.mark.parametrize("case", DIVERGENT)
+def test_active_lanes_only(msl: Run, case: str, threads: int) -> None:
+    body, expected = DIVERGENT[case]
+    sizes = [32, threads - 32]
+    want = [expected(i % 32, sizes[i // 32]) for i in range(threads)] + [-7] * (64 - threads)
+    assert run_divergent(msl, body, threads) == want
+
+
+# --- lanes that skip a branch wait for the others before the next iteration: each step is (lanes that take it, update
+# of r from r and the number of lanes that take it)
+Steps = list[tuple[Callable[[int], bool], Callable[[int, list[int]], int]]]
+LOOPS: dict[str, tuple[str, Steps]] = {
+    "branch in a for": (
+        "for (uint k = 0; k < 4; ++k) { if (lane < 8 * (k + 1)) r += simd_sum(int(k + 1)); }",
+        [(lambda i, k=k: i < 8 * (k + 1), lambda r, on, k=k: r + len(on) * (k + 1)) for k in range(4)],
+    ),
+    "loop in a for": (
+        "for (int k = 0; k < 3; ++k) for (uint j = 0; j <= lane % 3; ++j) r = r * 2 + simd_sum(1 + k);",
+        [(lambda i, j=j: j <= i % 3, lambda r, on, k=k: r * 2 + len(on) * (1 + k)) for k in range(3) for j in range(3)],
+    ),
+    "continue": (
+        "for (int k = 0; k < 5; k++) { if ((lane + k) % 3 == 0) continue; r = r * 3 + simd_sum(1 + k); }",
+        [(lambda i, k=k: (i + k) % 3 != 0, lambda r, on, k=k: r * 3 + len(on) * (1 + k)) for k in range(5)],
+    ),
+    "while": (
+        "uint k = 0; while (k < 5) { ++k; if (lane % k == 0) r = r * 2 + simd_sum(int(k)); }",
+        [(lambda i, k=k: i % k == 0, lambda r, on, k=k: r * 2 + len(on) * k) for k in range(1, 6)],
+    ),
+    "do": (
+        "int k = 0; do { if (lane >> k & 1) r = r * 3 + simd_sum(v); } while (++k < 4);",
+        [(lambda i, k=k: i >> k & 1 == 1, lambda r, on: r * 3 + sum(i + 1 for i in on)) for k in range(4)],
+    ),
+    "else in nested loops": (
+        "for (int a = 0; a < 2; ++a) { for (int b = 0; b < 3; ++b) { if (lane >> b & 1) r += a; else r = r * 2 + simd_max(v); } }",
+        [
+            step
+            for a in range(2)
+            for b in range(3)
+            for step in (
+                (lambda i, b=b: i >> b & 1 == 0, lambda r, on: r * 2 + max(on) + 1),
+                (lambda i, b=b: i >> b & 1 == 1, lambda r, on, a=a: r + a),
+            )
+        ],
+    ),
+    "function that returns early": (
+        "for (uint k = 0; k < 4; ++k) r += maybe(v, k);",
+        [(lambda i, k=k: (i + 1) % 4 == k, lambda r, on, k=k: r + sum(i + 1 for i in on) * (k + 1)) for k in range(4)],
+    ),
+    "conditional expression": (
+        "for (uint k = 0; k < 3; ++k) r += lane % 3 == k ? simd_sum(int(k + 1)) : 0;",
+        [(lambda i, k=k: i % 3 == k, lambda r, on, k=k: r + len(on) * (k + 1)) for k in range(3)],
+    ),
+    "one lane after the other": (
+        "bool done = false; while (!done) { if (simd_is_first()) { r = simd_broadcast_first(v); done = true; } }",
+        [(lambda i, k=k: i == k, lambda r, on: on[0] + 1) for k in range(32)],
+    ),
+}
+
+
+@MARKED
+@FULL_AND_TAIL
+@pytest.mark.parametrize("case", LOOPS)
+def test_iterations_do_not_mix(msl: Run, case: str, threads: int) -> None:
+    body, steps = LOOPS[case]
+    want = [0] * threads + [-7] * (64 - threads)
+    for group in (range(32), range(32, threads)):
+        for takes, update in steps:
+            on = [t - group.start for t in group if takes(t - group.start)]
+            for i in on:
+                want[group.start + i] = update(want[group.start + i], on)
+    assert run_divergent(msl, body, threads) == want
+
+
+# --- random programs against an interpreter that runs lanes in lockstep
 class Writer:
     """A random program as statements, and as MSL."""
 
@@ -101,10 +265,9 @@ def msl_text(block: list[Statement], indent: str = "    ") -> str:
 
 @dataclass
 class Lockstep:
-    """A simdgroup of `size` lanes; every statement runs for a set of lanes, which meet again at its end."""
+    """A simdgroup; every statement runs for a set of lanes, which meet again at its end. r, k: values by lane."""
 
-    size: int
-    r: dict[int, int] = field(default_factory=dict)
+    r: dict[int, int]
     k: dict[tuple[int, int], int] = field(default_factory=dict)
     broken: set[int] = field(default_factory=set)
     continued: set[int] = field(default_factory=set)
@@ -173,12 +336,13 @@ class Lockstep:
         return on
 
 
-@pytest.mark.skipif(not hasattr(rewrite, "rejoin"), reason="the rewriter does not mark loops yet")
+@MARKED
 @pytest.mark.parametrize("seed", [*range(12), *(pytest.param(i, marks=pytest.mark.slow) for i in range(12, 120))])
 def test_random_program(msl: Run, seed: int) -> None:
+    if msl.backend == "cuda":  # type: ignore[attr-defined]
+        pytest.skip("NVIDIA GPUs need not bring lanes together again after every break and continue")
     program = Writer(seed).block(0, ())
-    source = f"""#include <metal_stdlib>
-using namespace metal;
+    source = f"""{HEAD}
 kernel void k(device uint* out [[buffer(0)]], uint tid [[thread_position_in_grid]],
               uint lane [[thread_index_in_simdgroup]]) {{
     uint r = lane * 7;
@@ -189,7 +353,7 @@ kernel void k(device uint* out [[buffer(0)]], uint tid [[thread_position_in_grid
     got = msl(source, "k", {"out": out}, threads=THREADS, threads_per_threadgroup=64)["out"].tolist()
     want = []
     for size in (32, THREADS - 32):
-        group = Lockstep(size, {i: i * 7 for i in range(size)})
+        group = Lockstep({i: i * 7 for i in range(size)})
         group.block(program, frozenset(range(size)))
         want += [group.r[i] for i in range(size)]
     assert [v % WRAP for v in got[:THREADS]] == want, source

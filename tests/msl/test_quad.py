@@ -104,7 +104,9 @@ def test_reductions_and_scans(msl: Run, msl_type: str) -> None:
     got = run_cases(msl, msl_type, x, y, list(cases))
     for (expression, expected), values in zip(cases.items(), got, strict=True):
         v = quads((y if "(y)" in expression else x).double().numpy())
-        np.testing.assert_array_equal(quads(values), np.broadcast_to(expected(v), v.shape), err_msg=f"{msl_type}: {expression}")
+        np.testing.assert_array_equal(
+            quads(values), np.broadcast_to(expected(v), v.shape), err_msg=f"{msl_type}: {expression}"
+        )
 
 
 def test_floating_point_order(msl: Run) -> None:
@@ -130,7 +132,15 @@ kernel void k(device uint* out [[buffer(0)]], uint tid [[thread_position_in_grid
     out = msl(source, "k", {"out": torch.zeros(64, dtype=torch.int32)}, threads=64, threads_per_threadgroup=64)["out"]
     for tid, got in enumerate(out.tolist()):
         quad, q = tid // 4, tid % 4
-        want = quad | (quad == 15) << 4 | (quad != 0) << 5 | (quad != 15) << 6 | (quad == 2) << 7 | 15 << 8 | (q == 0) << 12
+        want = (
+            quad
+            | (quad == 15) << 4
+            | (quad != 0) << 5
+            | (quad != 15) << 6
+            | (quad == 2) << 7
+            | 15 << 8
+            | (q == 0) << 12
+        )
         if q > 1:
             want |= 12 << 16 | (q == 2) << 20
         assert got == want, tid
@@ -170,8 +180,17 @@ kernel void k(device int* out [[buffer(0)]], uint tid [[thread_position_in_grid]
 def test_one_thread_is_a_quadgroup(msl: Run) -> None:
     cases = [
         *("quad_sum(x)", "quad_product(x)", "quad_min(x)", "quad_max(x)", "quad_broadcast(x, 0)", "quad_shuffle(x, 0)"),
-        *("quad_broadcast_first(x)", "quad_shuffle_xor(x, 0)", "quad_prefix_inclusive_sum(x)", "quad_is_first() ? x : y"),
-        *("quad_all(x > y) ? x : y", "float((quad_vote::vote_t)quad_ballot(true)) * x", "quad_prefix_exclusive_sum(x) + x"),
+        *(
+            "quad_broadcast_first(x)",
+            "quad_shuffle_xor(x, 0)",
+            "quad_prefix_inclusive_sum(x)",
+            "quad_is_first() ? x : y",
+        ),
+        *(
+            "quad_all(x > y) ? x : y",
+            "float((quad_vote::vote_t)quad_ballot(true)) * x",
+            "quad_prefix_exclusive_sum(x) + x",
+        ),
     ]
     got = run_cases(msl, "float", torch.tensor([3.5]), torch.tensor([2.0]), cases)
     assert got.tolist() == [[3.5]] * len(cases)

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from metal_marlin.msl import rewrite
-
 Run = Callable[..., dict[str, torch.Tensor]]
 Sources = Callable[[np.ndarray], np.ndarray]
 
@@ -110,7 +108,9 @@ def test_shuffles(msl: Run, msl_type: str) -> None:
     check_shuffles(msl, msl_type, x.to(TYPES[msl_type]), y.to(TYPES[msl_type]))
 
 
-@pytest.mark.parametrize("msl_type", ["float2", "float4", "half2", "half4", "bfloat2", "uchar2", "uchar4", "long2", "ulong4"])
+@pytest.mark.parametrize(
+    "msl_type", ["float2", "float4", "half2", "half4", "bfloat2", "uchar2", "uchar4", "long2", "ulong4"]
+)
 def test_shuffles_of_vectors(msl: Run, msl_type: str) -> None:
     element, size = TYPES[msl_type[:-1]], int(msl_type[-1])
     x = torch.arange(64 * size).reshape(64, size)
@@ -194,7 +194,9 @@ def test_reductions_and_scans(msl: Run, msl_type: str) -> None:
         cases = dict(REDUCTIONS)
     else:
         info = torch.iinfo(dtype)
-        x = torch.from_numpy(rng.integers(info.min, info.max, 64, dtype=str(dtype).removeprefix("torch."), endpoint=True))
+        x = torch.from_numpy(
+            rng.integers(info.min, info.max, 64, dtype=str(dtype).removeprefix("torch."), endpoint=True)
+        )
         y = torch.from_numpy(rng.integers(1, 8, 64)).to(dtype)
         cases = REDUCTIONS | BITWISE
     got = run_cases(msl, msl_type, x, y, list(cases))
@@ -210,7 +212,13 @@ def test_reductions_and_scans(msl: Run, msl_type: str) -> None:
 def test_reductions_of_vectors(msl: Run, msl_type: str) -> None:
     element, size = TYPES[msl_type[:-1]], int(msl_type[-1])
     x = (torch.arange(64 * size).reshape(64, size) * 5 % 7).to(element)
-    cases = ["simd_sum(x)", "simd_max(x)", "simd_min(y)", "simd_prefix_exclusive_sum(x)", "simd_prefix_inclusive_sum(y)"]
+    cases = [
+        "simd_sum(x)",
+        "simd_max(x)",
+        "simd_min(y)",
+        "simd_prefix_exclusive_sum(x)",
+        "simd_prefix_inclusive_sum(y)",
+    ]
     total, top, low, before, upto = run_cases(msl, msl_type, x, x, cases)
     v = groups(numbers(x).astype(np.int64))
     np.testing.assert_array_equal(groups(total), np.broadcast_to(v.sum(1, keepdims=True), v.shape))
@@ -273,7 +281,9 @@ kernel void k(device const float* xs [[buffer(0)]], device float* out [[buffer(1
     out[128 + lane] = float(simd_sum(bfloat(xs[lane])));
 }}"""
     x = torch.from_numpy(np.random.default_rng(6).uniform(100, 200, 32).astype(np.float32))
-    out = msl(source, "k", {"xs": x, "out": torch.zeros(160)}, threads=32, threads_per_threadgroup=32)["out"].view(5, 32)
+    out = msl(source, "k", {"xs": x, "out": torch.zeros(160)}, threads=32, threads_per_threadgroup=32)["out"].view(
+        5, 32
+    )
     others = torch.cat([x[:7], x[8:]])
     assert (out[0] == others.max()).all()
     assert (out[1:3] == -torch.inf).all()
@@ -316,168 +326,6 @@ kernel void k(device ulong* out [[buffer(0)]], uint tid [[thread_position_in_gri
     assert (got[:, 7] == np.where(some, 2 + (tid % 32 == 9), 0)).all()
 
 
-# --- some lanes only
-DIVERGENT: dict[str, tuple[str, Callable[[int, int], int]]] = {
-    # body (v = lane + 1, result in r), expected (lane, size of the simdgroup)
-    "both branches": (
-        "if (lane % 3 == 0) r = simd_sum(v); else r = simd_max(v);",
-        lambda i, n: sum(j + 1 for j in range(0, n, 3)) if i % 3 == 0 else max(j + 1 for j in range(n) if j % 3),
-    ),
-    "nested": (
-        "if (lane < 20) { if (lane & 1) r = simd_sum(v); r += 1000 * simd_sum(1); }",
-        lambda i, n: (
-            0 if i >= 20 else 1000 * min(n, 20) + (sum(j + 1 for j in range(1, min(n, 20), 2)) if i & 1 else 0)
-        ),
-    ),
-    "loop with different trip counts": (
-        "for (uint i = 0; i <= lane % 5; ++i) r += simd_sum(1);",
-        lambda i, n: sum(sum(1 for j in range(n) if j % 5 >= t) for t in range(i % 5 + 1)),
-    ),
-    "loop left early": (
-        "for (uint i = 0; i < 8; ++i) { if (i > lane) break; r = r * 2 + simd_sum(1); } r = r * 3 + simd_sum(1);",
-        lambda i, n: 3 * _broken_loop(i, n) + n,
-    ),
-    "shuffle inside a branch": (
-        "if (lane >= 8 && lane < 16) r = simd_shuffle_xor(v, 3) + 100 * simd_broadcast_first(v);",
-        lambda i, n: (i ^ 3) + 1 + 900 if 8 <= i < 16 else 0,
-    ),
-    "scan inside a branch": (
-        "if (lane % 2) r = simd_prefix_exclusive_sum(v) + 10000 * simd_prefix_inclusive_sum(1);",
-        lambda i, n: sum(j + 1 for j in range(1, i, 2)) + 10000 * ((i + 1) // 2) if i % 2 else 0,
-    ),
-    "switch": (
-        "switch (lane % 4) { case 0: r = simd_min(v); break; case 1: r = simd_sum(v); break; default: r = simd_or(v); }",
-        lambda i, n: _switched(i, n),
-    ),
-    "different functions, one call site": (
-        "r = helper(lane % 2 ? v : 2 * v); if (lane % 2) r += helper(v);",
-        lambda i, n: (
-            sum((j + 1) * (1 if j % 2 else 2) for j in range(n)) + (sum(j + 1 for j in range(1, n, 2)) if i % 2 else 0)
-        ),
-    ),
-    "return before": (
-        "if (lane % 4 == 2) { out[tid] = -1; return; } r = simd_sum(v) + 10000 * simd_prefix_inclusive_sum(1);",
-        lambda i, n: (
-            -1
-            if i % 4 == 2
-            else sum(j + 1 for j in range(n) if j % 4 != 2) + 10000 * sum(1 for j in range(i + 1) if j % 4 != 2)
-        ),
-    ),
-}
-
-
-def _broken_loop(lane: int, n: int) -> int:
-    r = 0
-    for i in range(8):
-        if i > lane:
-            break
-        r = r * 2 + sum(1 for j in range(n) if j >= i)
-    return r
-
-
-def _switched(lane: int, n: int) -> int:
-    kind = min(lane % 4, 2)
-    values = [j + 1 for j in range(n) if min(j % 4, 2) == kind]
-    return int((min, sum, np.bitwise_or.reduce)[kind](values))
-
-
-def run_divergent(msl: Run, body: str, threads: int) -> list[int]:
-    """r of every thread (64 places, -7 where no thread is) after `body`, with v = lane + 1 and r = 0 before it."""
-    source = f"""{HEAD}
-inline int helper(int v) {{ return simd_sum(v); }}
-inline int maybe(int v, uint part) {{ if (v % 4 != int(part)) return 0; return simd_sum(v) * int(part + 1); }}
-kernel void k(device int* out [[buffer(0)]], uint tid [[thread_position_in_grid]],
-              uint lane [[thread_index_in_simdgroup]]) {{
-    const int v = int(lane) + 1;
-    int r = 0;
-    {body}
-    out[tid] = r;
-}}"""
-    out = torch.full((64,), -7, dtype=torch.int32)
-    return msl(source, "k", {"out": out}, threads=threads, threads_per_threadgroup=64)["out"].tolist()
-
-
-FULL_AND_TAIL = pytest.mark.parametrize("threads", [64, 50], ids=["full", "tail"])
-
-
-@FULL_AND_TAIL
-@pytest.mark.parametrize("case", DIVERGENT)
-def test_active_lanes_only(msl: Run, case: str, threads: int) -> None:
-    body, expected = DIVERGENT[case]
-    sizes = [32, threads - 32]
-    want = [expected(i % 32, sizes[i // 32]) for i in range(threads)] + [-7] * (64 - threads)
-    assert run_divergent(msl, body, threads) == want
-
-
-# --- lanes that skip a branch wait for the others before the next iteration: each step is (lanes that take it, update
-# of r from r and the number of lanes that take it)
-Steps = list[tuple[Callable[[int], bool], Callable[[int, list[int]], int]]]
-LOOPS: dict[str, tuple[str, Steps]] = {
-    "branch in a for": (
-        "for (uint k = 0; k < 4; ++k) { if (lane < 8 * (k + 1)) r += simd_sum(int(k + 1)); }",
-        [(lambda i, k=k: i < 8 * (k + 1), lambda r, on, k=k: r + len(on) * (k + 1)) for k in range(4)],
-    ),
-    "loop in a for": (
-        "for (int k = 0; k < 3; ++k) for (uint j = 0; j <= lane % 3; ++j) r = r * 2 + simd_sum(1 + k);",
-        [
-            (lambda i, j=j: j <= i % 3, lambda r, on, k=k: r * 2 + len(on) * (1 + k))
-            for k in range(3)
-            for j in range(3)
-        ],
-    ),
-    "continue": (
-        "for (int k = 0; k < 5; k++) { if ((lane + k) % 3 == 0) continue; r = r * 3 + simd_sum(1 + k); }",
-        [(lambda i, k=k: (i + k) % 3 != 0, lambda r, on, k=k: r * 3 + len(on) * (1 + k)) for k in range(5)],
-    ),
-    "while": (
-        "uint k = 0; while (k < 5) { ++k; if (lane % k == 0) r = r * 2 + simd_sum(int(k)); }",
-        [(lambda i, k=k: i % k == 0, lambda r, on, k=k: r * 2 + len(on) * k) for k in range(1, 6)],
-    ),
-    "do": (
-        "int k = 0; do { if (lane >> k & 1) r = r * 3 + simd_sum(v); } while (++k < 4);",
-        [(lambda i, k=k: i >> k & 1 == 1, lambda r, on: r * 3 + sum(i + 1 for i in on)) for k in range(4)],
-    ),
-    "else in nested loops": (
-        "for (int a = 0; a < 2; ++a) { for (int b = 0; b < 3; ++b) { if (lane >> b & 1) r += a; else r = r * 2 + simd_max(v); } }",
-        [
-            step
-            for a in range(2)
-            for b in range(3)
-            for step in (
-                (lambda i, b=b: i >> b & 1 == 0, lambda r, on: r * 2 + max(on) + 1),
-                (lambda i, b=b: i >> b & 1 == 1, lambda r, on, a=a: r + a),
-            )
-        ],
-    ),
-    "function that returns early": (
-        "for (uint k = 0; k < 4; ++k) r += maybe(v, k);",
-        [(lambda i, k=k: (i + 1) % 4 == k, lambda r, on, k=k: r + sum(i + 1 for i in on) * (k + 1)) for k in range(4)],
-    ),
-    "conditional expression": (
-        "for (uint k = 0; k < 3; ++k) r += lane % 3 == k ? simd_sum(int(k + 1)) : 0;",
-        [(lambda i, k=k: i % 3 == k, lambda r, on, k=k: r + len(on) * (k + 1)) for k in range(3)],
-    ),
-    "one lane after the other": (
-        "bool done = false; while (!done) { if (simd_is_first()) { r = simd_broadcast_first(v); done = true; } }",
-        [(lambda i, k=k: i == k, lambda r, on: on[0] + 1) for k in range(32)],
-    ),
-}
-
-
-@pytest.mark.skipif(not hasattr(rewrite, "rejoin"), reason="the rewriter does not mark loops yet")
-@FULL_AND_TAIL
-@pytest.mark.parametrize("case", LOOPS)
-def test_iterations_do_not_mix(msl: Run, case: str, threads: int) -> None:
-    body, steps = LOOPS[case]
-    want = [0] * threads + [-7] * (64 - threads)
-    for group in (range(32), range(32, threads)):
-        for takes, update in steps:
-            on = [t - group.start for t in group if takes(t - group.start)]
-            for i in on:
-                want[group.start + i] = update(want[group.start + i], on)
-    assert run_divergent(msl, body, threads) == want
-
-
 @pytest.mark.lane_agnostic
 def test_one_thread_is_a_simdgroup(msl: Run) -> None:
     cases = [
@@ -487,5 +335,7 @@ def test_one_thread_is_a_simdgroup(msl: Run) -> None:
         *("simd_any(x == y) ? y : x", "float((simd_vote::vote_t)simd_ballot(true)) * x", "simd_is_first() ? x : y"),
         "simd_prefix_exclusive_sum(x) + simd_prefix_exclusive_product(y) * x",
     ]
-    for case, value in zip(cases, run_cases(msl, "float", torch.tensor([3.5]), torch.tensor([2.0]), cases), strict=True):
+    for case, value in zip(
+        cases, run_cases(msl, "float", torch.tensor([3.5]), torch.tensor([2.0]), cases), strict=True
+    ):
         assert value.tolist() == [3.5], case

@@ -11,7 +11,9 @@ import torch
 
 from metal_marlin import MetalKernelLibrary, dispatch_kernel
 from metal_marlin.errors import ArgumentError
+from metal_marlin.msl.target import Target
 from metal_marlin.ops.linear_decode import CASES, FAMILY, OP, Case, linear_decode, linear_decode_ref, plan
+from metal_marlin.runtime import device_cpu
 
 ROOT = Path(__file__).parent.parent.parent
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -69,20 +71,46 @@ def test_every_row(dtype: torch.dtype, scale: torch.dtype, kernel: str, group: i
     check(linear_decode(*tensors, case.group, kernel=kernel), case, tensors)
 
 
-@pytest.mark.parametrize("case", SMALL[::5] + [Case(5, 70, 1000, 16)], ids=str)
-def test_32_lanes_agree_with_one(case: Case) -> None:
-    """The pipeline of Apple GPUs, run here by fibres."""
-    x, codes, scales = case.tensors()
-    one = linear_decode(x, codes, scales, case.group)
-    library = MetalKernelLibrary(FAMILY, device="cpu", lanes=32)
-    p = plan(case.M, case.N, case.K, x.dtype, scales.dtype, "mps")
-    y = torch.full_like(one, float("nan"))
+def dispatch(library: MetalKernelLibrary, case: Case, tensors: tuple[torch.Tensor, ...], kind: str) -> torch.Tensor:
+    """The plan of a device kind, on a library of the test's own."""
+    x, codes, scales = tensors
+    p = plan(case.M, case.N, case.K, x.dtype, scales.dtype, kind)
+    y = x.new_full((case.M, case.N), float("nan"))
     shape = {"M": case.M, "N": case.N, "K": case.K, "group": case.group, "rows": p.rows, "aligned": case.K % 32 == 0}
     args = (x, codes, scales, y, shape)
     dispatch_kernel(library, p.kernel, threadgroups=p.threadgroups, threads_per_threadgroup=p.threads, args=args)
-    check(y, case, (x, codes, scales))
+    return y
+
+
+@pytest.mark.parametrize("case", [*SMALL[::5], Case(5, 70, 1000, 16)], ids=str)
+def test_32_lanes_agree_with_one(case: Case) -> None:
+    """The pipeline of Apple GPUs, run here by fibres."""
+    tensors = case.tensors()
+    one = linear_decode(*tensors, case.group)
+    y = dispatch(MetalKernelLibrary(FAMILY, device="cpu", lanes=32), case, tensors, "mps")
+    check(y, case, tensors)
     near = 16 if case.dtype == torch.float32 else 2  # the order of the sums differs
     assert (y.double() - one.double()).norm() <= near * ROUNDING[case.dtype] * one.double().norm()
+
+
+@pytest.mark.parametrize("level", ["cpu:x86-64-v3", "cpu:x86-64-v4"])
+@pytest.mark.parametrize("case", [*SMALL[::5], Case(5, 70, 1000, 16)], ids=str)
+def test_older_cpus(case: Case, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Table look-ups without AVX-512, products without its bfloat instruction."""
+    host = Target.host_cpu().arch
+    if "x86" not in host or host < level.partition(":")[2]:
+        pytest.skip(f"this CPU is {host}")
+    monkeypatch.setattr(device_cpu, "target", lambda index: Target.parse(level))
+    library = MetalKernelLibrary(FAMILY, device="cpu", lanes=1)
+    tensors = case.tensors()
+    check(dispatch(library, case, tensors, "cpu"), case, tensors)
+
+
+@pytest.mark.parametrize("target", ["cpu:aarch64", "cuda:sm_80", "cuda:sm_90a"])
+def test_compiles_for_other_targets(target: str) -> None:
+    library = MetalKernelLibrary(FAMILY, target=Target.parse(target))
+    for name in library.kernels if target == "cuda:sm_80" else library.kernels[::4]:
+        assert library.compile(name).binary
 
 
 def test_cases_reach_every_row() -> None:
@@ -198,7 +226,10 @@ def test_reference_is_the_product() -> None:
     [
         (lambda x, c, s: (x[:, :96].contiguous(), c, s, 128), "linear_decode: x has K = 96, codes have K = 128"),
         (lambda x, c, s: (x, c, s, 48), "group_size = 48; fp4 takes 16, 32, 64, 128, 256 or K = 128"),
-        (lambda x, c, s: (x, c, s, 32), r"scales have shape \(10, 1\); N = 10, K = 128, group_size = 32 need \(10, 4\)"),
+        (
+            lambda x, c, s: (x, c, s, 32),
+            r"scales have shape \(10, 1\); N = 10, K = 128, group_size = 32 need \(10, 4\)",
+        ),
         (lambda x, c, s: (x, c, s[:9], 128), r"scales have shape \(9, 1\); N = 10"),
         (lambda x, c, s: (x.double(), c, s, 128), "x is torch.float64"),
         (lambda x, c, s: (x, c, s.double(), 128), "scales is torch.float64"),

@@ -76,6 +76,11 @@ kernel void reversed(device const float* x, device float* y, threadgroup float* 
   y[i] = b[t] + own[t] - own[t];
 }
 
+struct Sizes { uint global; float local; };
+kernel void generic(device float* pipe, constant Sizes& local, uint i [[thread_position_in_grid]]) {
+  pipe[i] = local.global * local.local;
+}
+
 kernel void bits(device const uint* x, device uint* y, uint i [[thread_position_in_grid]]) { y[i] = x[i] >> 31; }
 """
 
@@ -222,6 +227,12 @@ def test_parameters_that_a_constant_switches_off(device: str) -> None:
     assert y.tolist() == [1] * 8
 
 
+def test_words_that_are_only_reserved_elsewhere_are_names(library: MetalKernelLibrary, device: str) -> None:
+    y = torch.zeros(4, device=device)
+    run(library, "generic", {"pipe": y, "local": {"global": 3, "local": 0.5}}, 4, 4)
+    assert y.tolist() == [1.5] * 4
+
+
 def test_signedness_is_free(library: MetalKernelLibrary, device: str) -> None:
     x = torch.tensor([-1, 1, -(2**31), 0], dtype=torch.int32, device=device)
     y = torch.zeros(4, dtype=torch.int32, device=device)
@@ -318,7 +329,7 @@ def test_unknown_kernels_name_the_nearest(library: MetalKernelLibrary) -> None:
     with pytest.raises(UnknownKernelError, match="unknown kernel 'afine'; nearest: affine") as caught:
         run(library, "afine", [])
     assert isinstance(caught.value, KeyError)
-    with pytest.raises(UnknownKernelError, match="unknown kernel 'qqqq'; there are 11 kernels"):
+    with pytest.raises(UnknownKernelError, match="unknown kernel 'qqqq'; there are 12 kernels"):
         library.kernel("qqqq")
 
 

@@ -122,10 +122,10 @@ def stand_in(folder: Path, version: str, linker: bool = True) -> Path:
 @pytest.mark.parametrize(
     ("version", "linker", "tag"),
     [
-        ("Debian clang version 19.1.7 (3)", True, "clang-19.1.7"),
-        ("clang version 17.0.0", True, "clang-17.0.0"),
-        ("clang version 16.0.6", True, None),
-        ("clang version 19.1.7", False, None),
+        ("Debian clang version 23.1.7 (3)", True, "clang-23.1.7"),
+        ("clang version 22.0.0", True, "clang-22.0.0"),
+        ("clang version 21.1.8", True, None),
+        ("clang version 23.1.7", False, None),
         ("gcc (GCC) 14.2", True, None),
     ],
 )
@@ -138,20 +138,20 @@ def test_a_chosen_clang(
     if tag is not None:
         assert find_compiler().tag == tag
         return
-    with pytest.raises(CompilerNotFound, match=r"METAL_MARLIN_CLANG=.* is not a working clang >= 17 with ld.lld"):
+    with pytest.raises(CompilerNotFound, match=r"METAL_MARLIN_CLANG=.* is not a working clang >= 22 with ld.lld"):
         find_compiler()
 
 
 @posix_shell
 def test_the_order_of_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old, new = stand_in(tmp_path / "old", "clang version 15.0.0"), stand_in(tmp_path / "new", "clang version 20.1.0")
-    new.rename(new.with_name("clang-20"))
+    old, new = stand_in(tmp_path / "old", "clang version 18.0.0"), stand_in(tmp_path / "new", "clang version 24.1.0")
+    new.rename(new.with_name("clang-24"))
     monkeypatch.setenv("PATH", os.pathsep.join([str(old.parent), str(new.parent)]))
     monkeypatch.delenv("METAL_MARLIN_CLANG", raising=False)
     if importlib.util.find_spec("ziglang") is not None:
         assert find_compiler().tag.startswith("zig-")
     monkeypatch.setattr(clang, "_ziglang", lambda: None)
-    assert find_compiler().tag == "clang-20.1.0"
+    assert find_compiler().tag == "clang-24.1.0"
     monkeypatch.setenv("METAL_MARLIN_CLANG", str(old))
     with pytest.raises(CompilerNotFound):  # a choice that does not work is not passed over
         find_compiler()

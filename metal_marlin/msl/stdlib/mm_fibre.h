@@ -4,6 +4,8 @@
 // A lane that calls a collective stages its value and yields. When every unfinished lane of its simdgroup has yielded,
 // the lanes that wait at the lowest code address (the others still have to catch up with, or have already left, what
 // lies before) are released together: their values are published and they form the active mask.
+// That order is the source's, as long as the compiler keeps it (FLAGS in msl/rejoin.py) and loops whose lanes may part
+// end each iteration in a meeting (metal::_rejoin).
 // One simdgroup runs at a time, until its lanes have finished or wait at a threadgroup barrier.
 #include "mm_config.h"
 

@@ -18,9 +18,10 @@ using namespace metal;
 
 struct GemvShape {
     long M, N, K;
-    long group;   // weights a scale stands for
-    long rows;    // of a threadgroup (cpu with one lane)
-    long aligned; // 16-byte loads are possible: K is a multiple of 32, x and codes start at multiples of 16 bytes
+    long group; // weights a scale stands for
+    long rows;  // of a threadgroup (cpu with one lane)
+    long
+        aligned; // 16-byte loads are possible: K is a multiple of 32, x and codes start at multiples of 16 bytes
 };
 
 template <typename T, typename S> struct GemvArguments {

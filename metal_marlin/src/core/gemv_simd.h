@@ -86,7 +86,8 @@ template <typename Format, typename T, typename S, uint kTokens> struct SimdGemv
             for (uint m = 0; m < kTokens; ++m) {
                 float dot = 0;
 #pragma unroll
-                for (uint j = run / kPerWord; j < (kStep < kRun ? uint(kWords) : run / kPerWord + kRun / kPerWord); ++j) {
+                for (uint j = run / kPerWord;
+                     j < (kStep < kRun ? uint(kWords) : run / kPerWord + kRun / kPerWord); ++j) {
 #pragma unroll
                     for (uint i = 0; i < 4; ++i) {
                         const float2 v = Format::pair(words.w[j], i);

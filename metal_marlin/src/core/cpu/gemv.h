@@ -13,11 +13,11 @@ template <typename Format, typename T, typename S, uint kTokens> struct WideGemv
     typedef typename Dot::Stored Stored;
     enum : uint {
         kStep = 128,
-        kRows = kTokens == 1 ? 4 : 1, // together: they share what is read of x
+        kRows = kTokens == 1 ? 4 : 2, // together: they share what is read of x
         kBlock = 16384,               // of K, the part of x in reordered form
         kStored = kBlock / kStep * Dot::kStored,
-        kMost = 256,                  // rows a pass over K
-        kAhead = 3072                 // bytes that are fetched in advance along a row
+        kMost = 256,  // rows a pass over K
+        kAhead = 3072 // bytes that are fetched in advance along a row
     };
     static_assert(Format::kBits == 4, "WideGemv: the table has 16 entries");
     struct Shared {
@@ -36,12 +36,10 @@ template <typename Format, typename T, typename S, uint kTokens> struct WideGemv
             const uint count = min(uint(kMost), end - row);
             for (uint k = 0; k < a.K; k += kBlock) {
                 reorder(a, token, k, pass);
-                uint r = 0;
                 if (a.shift >= 7) {
-                    for (; r + kRows <= count; r += kRows) rows<kRows, false>(a, dot, row, r, k, pass);
-                    for (; r < count; ++r) rows<1, false>(a, dot, row, r, k, pass);
+                    rows<false>(a, dot, row, count, k, pass);
                 } else {
-                    for (; r < count; ++r) rows<1, true>(a, dot, row, r, k, pass);
+                    rows<true>(a, dot, row, count, k, pass);
                 }
             }
             for (uint m = 0; m < kTokens && token + m < a.M; ++m) {
@@ -68,8 +66,9 @@ template <typename Format, typename T, typename S, uint kTokens> struct WideGemv
     }
 
     // A scale for each of the 16 words from weight k on.
-    template <bool kFine> static Wide scale(device const S* scales, uint k, thread const GemvArguments<T, S>& a) {
-        if (!kFine) return (Wide)float(scales[k >> a.shift]);
+    template <bool kFine>
+    static Wide scale(device const S* scales, uint k, thread const GemvArguments<T, S>& a) {
+        if (!kFine) return (Wide) float(scales[k >> a.shift]);
         Wide few = 0;
         WideBits which;
         const uint first = k >> a.shift, per = kStep >> a.shift, count = min(per, a.groups - first);
@@ -78,33 +77,48 @@ template <typename Format, typename T, typename S, uint kTokens> struct WideGemv
         return wide_lookup(few, which);
     }
 
+    template <bool kFine>
+    static void rows(thread const GemvArguments<T, S>& a, thread const Dot& dot, uint row, uint count, uint k,
+                     thread Pass& pass) {
+        uint r = 0;
+        for (; r + kRows <= count; r += kRows) some<kRows, kFine>(a, dot, row, r, k, pass);
+        for (; r < count; ++r) some<1, kFine>(a, dot, row, r, k, pass);
+    }
+
+    // Sums of kCount rows, r0 and following of the pass, over the block of K that starts at k0.
     template <uint kCount, bool kFine>
-    static void rows(thread const GemvArguments<T, S>& a, thread const Dot& dot, uint row, uint r0, uint k0,
+    static void some(thread const GemvArguments<T, S>& a, thread const Dot& dot, uint row, uint r0, uint k0,
                      thread Pass& pass) {
         const uint words = a.K / 8, size = min(uint(kBlock), a.K - k0), whole = size / kStep * kStep;
-        Wide total[kCount][kTokens];
         device const uint* codes = a.codes + ulong(row + r0) * words + k0 / 8;
         device const S* scales = a.scales + ulong(row + r0) * a.groups;
+        const uint width = size / 2, ahead = min(uint(kAhead), width);
+        Wide total[kCount][kTokens];
 #pragma unroll
         for (uint r = 0; r < kCount; ++r) {
 #pragma unroll
             for (uint m = 0; m < kTokens; ++m) total[r][m] = 0;
         }
         for (uint k = 0; k < whole; k += kStep) {
+            // behind the end of these rows it is the next ones
+            const uint then = k / 2 + ahead, fetch = then < width ? then : then - width + kCount * words * 4;
+            WideBits q[kCount];
 #pragma unroll
             for (uint r = 0; r < kCount; ++r) {
-                device const uint* from = codes + ulong(r) * words + k / 8;
-                __builtin_prefetch((device const char*)from + kAhead);
-                add<kFine>(a, dot, wide_load<WideBits>(from), scales + ulong(r) * a.groups, k0, k, pass, total[r]);
+                device const uint* from = codes + ulong(r) * words;
+                q[r] = wide_load<WideBits>(from + k / 8);
+                __builtin_prefetch((device const char*)from + fetch);
             }
+            add<kCount, kFine>(a, dot, q, scales, k0, k, pass, total);
         }
         if (whole < size) {
+            WideBits q[kCount];
 #pragma unroll
             for (uint r = 0; r < kCount; ++r) {
-                WideBits q = 0;
-                __builtin_memcpy(&q, codes + ulong(r) * words + whole / 8, (size - whole) / 2);
-                add<kFine>(a, dot, q, scales + ulong(r) * a.groups, k0, whole, pass, total[r]);
+                q[r] = 0;
+                __builtin_memcpy(&q[r], codes + ulong(r) * words + whole / 8, (size - whole) / 2);
             }
+            add<kCount, kFine>(a, dot, q, scales, k0, whole, pass, total);
         }
 #pragma unroll
         for (uint r = 0; r < kCount; ++r) {
@@ -116,14 +130,18 @@ template <typename Format, typename T, typename S, uint kTokens> struct WideGemv
         }
     }
 
-    template <bool kFine>
-    static void add(thread const GemvArguments<T, S>& a, thread const Dot& dot, WideBits q, device const S* scales,
-                    uint k0, uint k, thread const Pass& pass, thread Wide (&total)[kTokens]) {
-        Wide part[kTokens];
+    template <uint kCount, bool kFine>
+    static void add(thread const GemvArguments<T, S>& a, thread const Dot& dot,
+                    thread const WideBits (&q)[kCount], device const S* scales, uint k0, uint k,
+                    thread const Pass& pass, thread Wide (&total)[kCount][kTokens]) {
+        Wide part[kCount][kTokens];
         dot.multiply(q, pass.xs[0] + k / kStep * Dot::kStored, kStored, part);
-        const Wide s = scale<kFine>(scales, k0 + k, a);
 #pragma unroll
-        for (uint m = 0; m < kTokens; ++m) total[m] += part[m] * s;
+        for (uint r = 0; r < kCount; ++r) {
+            const Wide s = scale<kFine>(scales + ulong(r) * a.groups, k0 + k, a);
+#pragma unroll
+            for (uint m = 0; m < kTokens; ++m) total[r][m] += part[r][m] * s;
+        }
     }
 };
 

@@ -65,20 +65,27 @@ template <typename Format, typename T> struct WideDot {
         for (uint code = 0; code < 16; ++code) table[code] = Format::value(code);
     }
     template <int i> static void column(WideRow x, thread Stored* to) {
-        to[i] = __builtin_shufflevector(x, x, i, i + 8, i + 16, i + 24, i + 32, i + 40, i + 48, i + 56, i + 64, i + 72,
-                                        i + 80, i + 88, i + 96, i + 104, i + 112, i + 120);
+        to[i] = __builtin_shufflevector(x, x, i, i + 8, i + 16, i + 24, i + 32, i + 40, i + 48, i + 56,
+                                        i + 64, i + 72, i + 80, i + 88, i + 96, i + 104, i + 112, i + 120);
     }
     static void order(WideRow x, thread Stored* to) {
         column<0>(x, to), column<1>(x, to), column<2>(x, to), column<3>(x, to);
         column<4>(x, to), column<5>(x, to), column<6>(x, to), column<7>(x, to);
     }
-    template <uint kTokens>
-    void multiply(WideBits q, thread const Stored* x, uint stride, thread Wide (&sums)[kTokens]) const {
+    template <uint kRows, uint kTokens>
+    void multiply(thread const WideBits (&q)[kRows], thread const Stored* x, uint stride,
+                  thread Wide (&sums)[kRows][kTokens]) const {
 #pragma unroll
         for (uint i = 0; i < 8; ++i) {
-            const Wide w = wide_lookup(table, q >> (4 * i));
+            Wide w[kRows];
 #pragma unroll
-            for (uint m = 0; m < kTokens; ++m) sums[m] = i == 0 ? w * x[m * stride] : sums[m] + w * x[m * stride + i];
+            for (uint r = 0; r < kRows; ++r) w[r] = wide_lookup(table, q[r] >> (4 * i));
+#pragma unroll
+            for (uint m = 0; m < kTokens; ++m) {
+                const Wide v = x[m * stride + i];
+#pragma unroll
+                for (uint r = 0; r < kRows; ++r) sums[r][m] = i == 0 ? w[r] * v : sums[r][m] + w[r] * v;
+            }
         }
     }
 };
@@ -100,36 +107,45 @@ template <typename Format, uint kParts> struct WidePairDot {
     template <int i> static void column(WideRow x, thread Stored* to) {
         typedef float Pairs __attribute__((ext_vector_type(32)));
         Pairs v = __builtin_shufflevector(
-            x, x, i, i + 4, i + 8, i + 12, i + 16, i + 20, i + 24, i + 28, i + 32, i + 36, i + 40, i + 44, i + 48,
-            i + 52, i + 56, i + 60, i + 64, i + 68, i + 72, i + 76, i + 80, i + 84, i + 88, i + 92, i + 96, i + 100,
-            i + 104, i + 108, i + 112, i + 116, i + 120, i + 124);
+            x, x, i, i + 4, i + 8, i + 12, i + 16, i + 20, i + 24, i + 28, i + 32, i + 36, i + 40, i + 44,
+            i + 48, i + 52, i + 56, i + 60, i + 64, i + 68, i + 72, i + 76, i + 80, i + 84, i + 88, i + 92,
+            i + 96, i + 100, i + 104, i + 108, i + 112, i + 116, i + 120, i + 124);
 #pragma unroll
         for (uint part = 0; part < kParts; ++part) {
             to[i * kParts + part] = __builtin_convertvector(v, WideBfloats);
             v -= __builtin_convertvector(to[i * kParts + part], Pairs);
         }
     }
-    static void order(WideRow x, thread Stored* to) { column<0>(x, to), column<1>(x, to), column<2>(x, to), column<3>(x, to); }
+    static void order(WideRow x, thread Stored* to) {
+        column<0>(x, to), column<1>(x, to), column<2>(x, to), column<3>(x, to);
+    }
 
-    template <uint kTokens>
-    void multiply(WideBits q, thread const Stored* x, uint stride, thread Wide (&sums)[kTokens]) const {
+    template <uint kRows, uint kTokens>
+    void multiply(thread const WideBits (&q)[kRows], thread const Stored* x, uint stride,
+                  thread Wide (&sums)[kRows][kTokens]) const {
         typedef float Floats __attribute__((vector_size(64)));
         typedef bfloat Bfloats __attribute__((vector_size(64)));
         typedef ushort WideShorts __attribute__((ext_vector_type(32)));
-        const WideShorts codes = __builtin_bit_cast(WideShorts, q);
-#pragma unroll
-        for (uint m = 0; m < kTokens; ++m) sums[m] = 0;
 #pragma unroll
         for (uint i = 0; i < 4; ++i) {
-            const Shorts index = __builtin_bit_cast(Shorts, codes >> (ushort)(4 * i));
-            const Bfloats w = __builtin_bit_cast(Bfloats, __builtin_ia32_permvarhi512(table, index));
+            Bfloats w[kRows];
+#pragma unroll
+            for (uint r = 0; r < kRows; ++r) {
+                const WideShorts codes = __builtin_bit_cast(WideShorts, q[r]) >> (ushort)(4 * i);
+                w[r] = __builtin_bit_cast(
+                    Bfloats, __builtin_ia32_permvarhi512(table, __builtin_bit_cast(Shorts, codes)));
+            }
 #pragma unroll
             for (uint m = 0; m < kTokens; ++m) {
 #pragma unroll
                 for (uint part = 0; part < kParts; ++part) {
-                    const Bfloats b = __builtin_bit_cast(Bfloats, x[m * stride + i * kParts + part]);
-                    sums[m] = __builtin_bit_cast(
-                        Wide, __builtin_ia32_dpbf16ps_512(__builtin_bit_cast(Floats, sums[m]), b, w));
+                    const Bfloats v = __builtin_bit_cast(Bfloats, x[m * stride + i * kParts + part]);
+#pragma unroll
+                    for (uint r = 0; r < kRows; ++r) {
+                        const Wide before = i == 0 && part == 0 ? (Wide)0.0f : sums[r][m];
+                        sums[r][m] = __builtin_bit_cast(
+                            Wide, __builtin_ia32_dpbf16ps_512(__builtin_bit_cast(Floats, before), v, w[r]));
+                    }
                 }
             }
         }
