@@ -107,18 +107,18 @@ class _Marker:
         if self.src.at(i) == "while":
             self.edits.replace(tokens[i].start, tokens[i].end, "for")
             self.edits.insert(tokens[i + 1].end, ";")
-            self.edits.insert(tokens[closing].start, "; metal::_rejoin()")
+            self.edits.insert(tokens[closing].start, "; ::metal::_rejoin()")
             return
         semicolons = [j for j in range(i + 2, closing) if self.src.at(j) == ";"]
         if len(semicolons) == 2:
             last = semicolons[1]
-            self.edits.insert(tokens[last].end, " metal::_rejoin()" + (", " if last + 1 < closing else ""))
+            self.edits.insert(tokens[last].end, " ::metal::_rejoin()" + (", " if last + 1 < closing else ""))
 
     def _do(self, i: int) -> None:
         end = self._end(i + 1)
         if self.src.at(end) == "while" and self._apart(i + 1, end):
             tokens = self.src.tokens
-            self.edits.insert(tokens[end + 1].end, "metal::_rejoin(), (")
+            self.edits.insert(tokens[end + 1].end, "::metal::_rejoin(), (")
             self.edits.insert(tokens[self.src.match[end + 1]].start, ")")
 
     def _apart(self, first: int, last: int) -> bool:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 
 from metal_marlin.errors import MetalCompileError
+from metal_marlin.msl import methods, rejoin
 from metal_marlin.msl.lexer import Edits, Source
 from metal_marlin.msl.reflect import Definition, Reflection
 
@@ -67,6 +68,8 @@ class _Rewriter:
             self._kernel(definition)
         for i in range(len(self.src)):
             self._token(i)
+        methods.qualify(self.src, self.edits)
+        rejoin.mark(self.src, self.edits)
         return self.edits.apply()
 
     def _aliases(self) -> frozenset[str]:

@@ -44,7 +44,9 @@ def test_special_functions(msl: Run) -> None:
     y = msl(source, "special", args, threads=n, threads_per_threadgroup=64, include_dirs=[INCLUDE])["y"]
     for row, inputs, (name, function, *_) in zip(y, x, SPECIAL, strict=True):
         expected = function(inputs.double())
-        torch.testing.assert_close(row.double(), expected, rtol=2e-4, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            row.double(), expected, rtol=2e-4, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 @pytest.mark.parametrize("threads", [32, 96, 1024])
@@ -90,7 +92,9 @@ def test_unary_kernels(msl: Run, dtype: torch.dtype, name: str) -> None:
     args = {"output": torch.zeros_like(x), "input": x, "numel": x.numel()}
     launch = {"threads": -(-x.numel() // 4), "threads_per_threadgroup": 64, "include_dirs": [INCLUDE]}
     got = msl(UNARY, f"sinc_dense_{name}_{name}", args, **launch)["output"]
-    torch.testing.assert_close(got, torch.special.sinc(x.double()).to(dtype), rtol=2e-3, atol=1e-6 + 1e-3 * (dtype == torch.float16))
+    torch.testing.assert_close(
+        got, torch.special.sinc(x.double()).to(dtype), rtol=2e-3, atol=1e-6 + 1e-3 * (dtype == torch.float16)
+    )
 
 
 def test_strided_binary_kernel(msl: Run) -> None:

@@ -131,7 +131,9 @@ def _expected_positions(threads, tptg):
     return {name: np.array(rows).reshape(len(rows), -1) for name, rows in table.items()}
 
 
-@pytest.mark.parametrize(("threads", "tptg"), [((24, 10, 6), (8, 5, 2)), ((21, 7, 5), (8, 4, 2)), ((70, 1, 1), (32, 1, 1))])
+@pytest.mark.parametrize(
+    ("threads", "tptg"), [((24, 10, 6), (8, 5, 2)), ((21, 7, 5), (8, 4, 2)), ((70, 1, 1), (32, 1, 1))]
+)
 @pytest.mark.parametrize(("name", "width"), POSITIONS)
 def test_every_position_attribute(msl, name, width, threads, tptg):
     kind, store = ("uint3", "o[3*n] = v.x; o[3*n+1] = v.y; o[3*n+2] = v.z;") if width == 3 else ("uint", "o[n] = v;")
@@ -454,3 +456,28 @@ def test_lane_agnostic_reduction(msl):
         threads_per_threadgroup=lanes,
     )
     assert torch.equal(out["y"], x.sum(1))
+
+
+@pytest.mark.lane_agnostic
+def test_methods_that_return_thread_references(msl):
+    source = """#include <metal_stdlib>
+    using namespace metal;
+    template <typename T, int N> struct Tile {
+      T values[N];
+      METAL_FUNC thread T& at(short i) { return values[i]; }
+      METAL_FUNC const thread T& at(short i) const { return values[i]; }
+      thread T* data() { return &values[0]; }
+      thread T& operator[](int i) { return values[i]; }
+    };
+    template <typename T> void add(thread T& to, T v) { to += v; }
+    kernel void tiles(device float* y, uint i [[thread_position_in_grid]]) {
+      Tile<float, 4> tile;
+      for (short k = 0; k < 4; k++) tile.at(k) = float(k);
+      add(tile.at(1), 10.0f);
+      tile.data()[2] += 20.0f;
+      tile[3] *= 2.0f;
+      const Tile<float, 4> same = tile;
+      for (short k = 0; k < 4; k++) y[k] = same.at(k);
+    }"""
+    out = msl(source, "tiles", {"y": torch.zeros(4)}, threads=1, threads_per_threadgroup=1)
+    assert out["y"].tolist() == [0.0, 11.0, 22.0, 6.0]

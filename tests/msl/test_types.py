@@ -1,5 +1,5 @@
 """Scalar types, conversions, packed vectors, type traits, limits, arrays."""
-# ruff: noqa: E501 -- tables of MSL read better unwrapped
+
 
 from __future__ import annotations
 

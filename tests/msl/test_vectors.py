@@ -1,5 +1,5 @@
 """Vectors: constructors, casts, swizzles, operators, bool vectors; a case for each of clang's known traps."""
-# ruff: noqa: E501 -- tables of MSL read better unwrapped
+
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ template <typename Format, typename T, typename S, uint kTokens> struct WideGemv
         kBlock = 16384,               // of K, the part of x in reordered form
         kStored = kBlock / kStep * Dot::kStored,
         kMost = 256,  // rows a pass over K
-        kAhead = 3072 // bytes that are fetched in advance along a row
+        kAhead = 4096 // bytes that are fetched in advance along a row
     };
     static_assert(Format::kBits == 4, "WideGemv: the table has 16 entries");
     struct Shared {
@@ -25,7 +25,7 @@ template <typename Format, typename T, typename S, uint kTokens> struct WideGemv
     };
     struct Pass {
         Stored xs[kTokens][kStored];
-        float sums[kMost][kTokens];
+        float sums[kMost + kRows][kTokens];
     };
 
     static void run(GemvArguments<T, S> a, GemvPlace at, threadgroup Shared&) {
@@ -77,68 +77,65 @@ template <typename Format, typename T, typename S, uint kTokens> struct WideGemv
         return wide_lookup(few, which);
     }
 
+    // Sums of `count` rows over the block of K that starts at k0. The last rows are done again where kRows does not
+    // divide count, so that there is one loop.
     template <bool kFine>
-    static void rows(thread const GemvArguments<T, S>& a, thread const Dot& dot, uint row, uint count, uint k,
-                     thread Pass& pass) {
-        uint r = 0;
-        for (; r + kRows <= count; r += kRows) some<kRows, kFine>(a, dot, row, r, k, pass);
-        for (; r < count; ++r) some<1, kFine>(a, dot, row, r, k, pass);
-    }
-
-    // Sums of kCount rows, r0 and following of the pass, over the block of K that starts at k0.
-    template <uint kCount, bool kFine>
-    static void some(thread const GemvArguments<T, S>& a, thread const Dot& dot, uint row, uint r0, uint k0,
-                     thread Pass& pass) {
+    static void rows(thread const GemvArguments<T, S>& a, thread const Dot& dot, uint row, uint count,
+                     uint k0, thread Pass& pass) {
         const uint words = a.K / 8, size = min(uint(kBlock), a.K - k0), whole = size / kStep * kStep;
-        device const uint* codes = a.codes + ulong(row + r0) * words + k0 / 8;
-        device const S* scales = a.scales + ulong(row + r0) * a.groups;
-        const uint width = size / 2, ahead = min(uint(kAhead), width);
-        Wide total[kCount][kTokens];
+        const uint width = size / 2, ahead = uint(kAhead) % width + uint(kAhead) / width * kRows * words * 4;
+        for (uint r0 = 0; r0 < count; r0 += kRows) {
+            device const uint* codes[kRows];
+            device const S* scales[kRows];
+            Wide total[kRows][kTokens];
 #pragma unroll
-        for (uint r = 0; r < kCount; ++r) {
+            for (uint r = 0; r < kRows; ++r) {
+                const ulong at = row + min(r0 + r, count - 1);
+                codes[r] = a.codes + at * words + k0 / 8;
+                scales[r] = a.scales + at * a.groups;
 #pragma unroll
-            for (uint m = 0; m < kTokens; ++m) total[r][m] = 0;
-        }
-        for (uint k = 0; k < whole; k += kStep) {
-            // behind the end of these rows it is the next ones
-            const uint then = k / 2 + ahead, fetch = then < width ? then : then - width + kCount * words * 4;
-            WideBits q[kCount];
-#pragma unroll
-            for (uint r = 0; r < kCount; ++r) {
-                device const uint* from = codes + ulong(r) * words;
-                q[r] = wide_load<WideBits>(from + k / 8);
-                __builtin_prefetch((device const char*)from + fetch);
+                for (uint m = 0; m < kTokens; ++m) total[r][m] = 0;
             }
-            add<kCount, kFine>(a, dot, q, scales, k0, k, pass, total);
-        }
-        if (whole < size) {
-            WideBits q[kCount];
+            WideBits q[kRows];
+            for (uint k = 0; k < whole; k += kStep) {
+                // behind the end of these rows it is the next ones
+                const uint then = k / 2 + ahead,
+                           fetch = then < width ? then : then - width + kRows * words * 4;
 #pragma unroll
-            for (uint r = 0; r < kCount; ++r) {
-                q[r] = 0;
-                __builtin_memcpy(&q[r], codes + ulong(r) * words + whole / 8, (size - whole) / 2);
+                for (uint r = 0; r < kRows; ++r) {
+                    q[r] = wide_load<WideBits>(codes[r] + k / 8);
+                    __builtin_prefetch((device const char*)codes[r] + fetch);
+                }
+                add<kFine>(a, dot, q, scales, k0, k, pass, total);
             }
-            add<kCount, kFine>(a, dot, q, scales, k0, whole, pass, total);
-        }
+            if (whole < size) {
 #pragma unroll
-        for (uint r = 0; r < kCount; ++r) {
+                for (uint r = 0; r < kRows; ++r) {
+                    q[r] = 0;
+                    __builtin_memcpy(&q[r], codes[r] + whole / 8, (size - whole) / 2);
+                }
+                add<kFine>(a, dot, q, scales, k0, whole, pass, total);
+            }
 #pragma unroll
-            for (uint m = 0; m < kTokens; ++m) {
-                const float sum = wide_sum(total[r][m]);
-                pass.sums[r0 + r][m] = k0 == 0 ? sum : pass.sums[r0 + r][m] + sum;
+            for (uint r = 0; r < kRows; ++r) {
+#pragma unroll
+                for (uint m = 0; m < kTokens; ++m) {
+                    const float sum = wide_sum(total[r][m]);
+                    pass.sums[r0 + r][m] = k0 == 0 ? sum : pass.sums[r0 + r][m] + sum;
+                }
             }
         }
     }
 
-    template <uint kCount, bool kFine>
+    template <bool kFine>
     static void add(thread const GemvArguments<T, S>& a, thread const Dot& dot,
-                    thread const WideBits (&q)[kCount], device const S* scales, uint k0, uint k,
-                    thread const Pass& pass, thread Wide (&total)[kCount][kTokens]) {
-        Wide part[kCount][kTokens];
+                    thread const WideBits (&q)[kRows], device const S* thread const (&scales)[kRows], uint k0,
+                    uint k, thread const Pass& pass, thread Wide (&total)[kRows][kTokens]) {
+        Wide part[kRows][kTokens];
         dot.multiply(q, pass.xs[0] + k / kStep * Dot::kStored, kStored, part);
 #pragma unroll
-        for (uint r = 0; r < kCount; ++r) {
-            const Wide s = scale<kFine>(scales + ulong(r) * a.groups, k0 + k, a);
+        for (uint r = 0; r < kRows; ++r) {
+            const Wide s = scale<kFine>(scales[r], k0 + k, a);
 #pragma unroll
             for (uint m = 0; m < kTokens; ++m) total[r][m] += part[r][m] * s;
         }
