@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 
 from metal_marlin.errors import MetalCompileError
-from metal_marlin.msl import methods, rejoin
+from metal_marlin.msl import arena, methods, rejoin
 from metal_marlin.msl.lexer import Edits, Source
 from metal_marlin.msl.reflect import Definition, Reflection
 
@@ -117,6 +117,8 @@ class _Rewriter:
                 self._span(i, src.match[i + 1] + 1, "true" if src.at(i + 2) in self.constants else "false")
             elif text in ("static_cast", "decltype"):
                 self._named_cast(i)
+            elif text == "template" and src.at(i + 1) == "<":
+                self._function_parameters(i + 1)
             elif text in self.types or text in self.alias_templates:
                 self._type(i)
         elif token.kind == "number" and text[-2:].lower() == "bf" and not text.lower().startswith("0x"):
@@ -210,10 +212,29 @@ class _Rewriter:
             if src.at(end + 2) == "(":
                 self._check_comma(end + 2)
                 self._truth(end + 2, inside=False)
-            tokens = src.tokens
-            self.casts.add(end + 1)
-            self.edits.replace(tokens[start - 1].start, tokens[start - 1].end, " ::metal::_cast<")
-            self.edits.replace(tokens[end + 1].start, tokens[end + 1].end, ">{} ->* ")
+            self._cast(start - 1, end + 1)
+
+    def _cast(self, opened: int, closed: int) -> None:
+        """Rewrite `(T)`, and a cast to a scalar that its value goes to: a cast expression binds tighter than ->*."""
+        src, tokens = self.src, self.src.tokens
+        self.casts.add(closed)
+        self.edits.replace(tokens[opened].start, tokens[opened].end, " ::metal::_cast<")
+        self.edits.replace(tokens[closed].start, tokens[closed].end, ">{} ->* ")
+        before = opened - 1
+        while src.at(before) in ("-", "+", "~", "!"):
+            before -= 1
+        if src.at(before) == ")" and before not in self.casts and self._closes_cast(before):
+            outer = src.match[before]
+            if src.at(outer - 1) not in _NOT_A_CAST and self._is_cast(outer, before):
+                self._cast(outer, before)
+
+    def _function_parameters(self, opened: int) -> None:
+        """`R (*f)(A)` among template parameters becomes a reference: clang gives the pointer an address space that no
+        function's address has."""
+        src, closed = self.src, self.src.close_angle(opened) or opened
+        for i in range(opened, closed):
+            if src.at(i) == "(" and src.at(i + 1) == "*" and src.at(i + 3) == ")" and src.at(i + 4) == "(":
+                self._span(i + 1, i + 2, "&")
 
     def _constructor(self, start: int, end: int) -> None:
         src, opened = self.src, end + 1
@@ -314,70 +335,9 @@ class _Rewriter:
         if empty:
             self._erase_inside(opened)
         self.edits.insert(src.tokens[opened].end, "__local char* mm_arena" + ("" if empty else ", "))
-        i, count, end = definition.body + 1, 0, "0"
-        while i < src.match[definition.body]:
-            if src.at(i) == "threadgroup" and src.at(i - 1) in ("{", "}", ";"):
-                i, count, end = self._threadgroup(definition, i, count, end)
-            i += 1
+        arena.lay_out(src, self.edits, definition)
 
     def _erase_inside(self, opened: int) -> None:
         closed = self.src.match[opened]
         if closed > opened + 1:
             self._span(opened + 1, closed, "")
-
-    def _threadgroup(self, definition: Definition, i: int, count: int, end: str) -> tuple[int, int, str]:
-        """Turn the declaration at i into arena references; returns its last token, the next number, the arena's end."""
-        src, stop = self.src, i
-        while src.at(stop) != ";":
-            stop = src.match[stop] + 1 if src.at(stop) in ("(", "[", "{") else stop + 1
-        if any(src.at(j) in ("*", "&") for j in range(i + 1, stop) if self._outside(i, j)):
-            return i, count, end  # a pointer or reference to threadgroup memory
-        layout, local, type_end = "", "", 0
-        for n, (a, b) in enumerate(src.split(i + 1, stop)):
-            name = next((j - 1 for j in range(a, b) if src.at(j) == "[" and src.is_name(j - 1)), b - 1)
-            type_end = type_end or name
-            if "=" in (src.at(j) for j in range(a, b)) or not src.is_name(name) or (n == 0 and name == a):
-                raise MetalCompileError(f"{src.where(i)}: cannot read this threadgroup declaration")
-            kind, offset, after = f"mm_tg{count}_t", f"mm_tg{count}", f"mm_tg{count}_end"
-            layout += f"typedef {src.slice(i + 1, type_end)} {kind} {src.slice(name + 1, b)}; "
-            layout += (
-                f"constexpr uint {offset} = mm_align({end}, alignof({kind})), {after} = {offset} + sizeof({kind}); "
-            )
-            layout += f"MM_ARENA({after}); "
-            local += f"__local {kind}& {src.at(name)} = *(__local {kind}*)(mm_arena + {offset}); "
-            count, end = count + 1, after
-        anchor = self._statement_start(definition, i)
-        if anchor == i:
-            local = layout + local
-        else:  # the layout of a nested declaration stands where later declarations see it
-            self.edits.insert(src.tokens[anchor].start, layout)
-        self._span(i, stop + 1, local)
-        return stop, count, end
-
-    def _outside(self, i: int, j: int) -> bool:
-        """Whether token j is not inside brackets or template arguments opened after i."""
-        k = i + 1
-        while k < j:
-            text = self.src.at(k)
-            closed = self.src.close_angle(k) if text == "<" else self.src.match[k] if text in ("(", "[", "{") else None
-            if closed is not None and closed > j:
-                return False
-            k = k + 1 if closed is None else closed + 1
-        return True
-
-    def _statement_start(self, definition: Definition, i: int) -> int:
-        """First token of the statement of the kernel's outermost block that contains token i."""
-        src, j, start = self.src, definition.body + 1, definition.body + 1
-        while j < i:
-            text = src.at(j)
-            if text in ("(", "[", "{"):
-                closed = src.match[j]
-                if closed > i:
-                    return start
-                j = closed
-                if text == "{" and src.at(closed + 1) not in ("else", ";", "while", ")", ",", "."):
-                    start = closed + 1
-            elif text == ";":
-                start = j + 1
-            j += 1
-        return i

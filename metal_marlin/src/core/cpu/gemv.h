@@ -17,7 +17,7 @@ template <typename Format, typename T, typename S, uint kTokens> struct WideGemv
         kBlock = 16384,               // of K, the part of x in reordered form
         kStored = kBlock / kStep * Dot::kStored,
         kMost = 256,  // rows a pass over K
-        kAhead = 4096 // bytes that are fetched in advance along a row
+        kAhead = 3072 // bytes that are fetched in advance along a row
     };
     static_assert(Format::kBits == 4, "WideGemv: the table has 16 entries");
     struct Shared {
@@ -83,7 +83,7 @@ template <typename Format, typename T, typename S, uint kTokens> struct WideGemv
     static void rows(thread const GemvArguments<T, S>& a, thread const Dot& dot, uint row, uint count,
                      uint k0, thread Pass& pass) {
         const uint words = a.K / 8, size = min(uint(kBlock), a.K - k0), whole = size / kStep * kStep;
-        const uint width = size / 2, ahead = uint(kAhead) % width + uint(kAhead) / width * kRows * words * 4;
+        const uint width = size / 2, ahead = min(uint(kAhead), width);
         for (uint r0 = 0; r0 < count; r0 += kRows) {
             device const uint* codes[kRows];
             device const S* scales[kRows];

@@ -1,0 +1,88 @@
+"""Threadgroup variables of a kernel as references into the arena: memory of one threadgroup that the launch supplies.
+
+Offsets are constants of the text, counted by the compiler, which knows the sizes; MM_ARENA (mm_entry.h) leaves how much
+a kernel needs in the compiled row.
+"""
+
+from __future__ import annotations
+
+from metal_marlin.errors import MetalCompileError
+from metal_marlin.msl.lexer import Edits, Source
+from metal_marlin.msl.reflect import Definition
+
+
+def lay_out(source: Source, edits: Edits, definition: Definition) -> None:
+    """Rewrite every threadgroup declaration in the kernel's body. Raises MetalCompileError for what it cannot read."""
+    _Arena(source, edits, definition.body).run()
+
+
+class _Arena:
+    def __init__(self, source: Source, edits: Edits, body: int) -> None:
+        self.src = source
+        self.edits = edits
+        self.body = body
+
+    def run(self) -> None:
+        src = self.src
+        i, count, end = self.body + 1, 0, "0"
+        while i < src.match[self.body]:
+            if src.at(i) == "threadgroup" and src.at(i - 1) in ("{", "}", ";"):
+                i, count, end = self._threadgroup(i, count, end)
+            i += 1
+
+    def _threadgroup(self, i: int, count: int, end: str) -> tuple[int, int, str]:
+        """Turn the declaration at i into arena references; returns its last token, the next number, the arena's end."""
+        src, stop = self.src, i
+        while src.at(stop) != ";":
+            stop = src.match[stop] + 1 if src.at(stop) in ("(", "[", "{") else stop + 1
+        if any(src.at(j) in ("*", "&") for j in range(i + 1, stop) if self._outside(i, j)):
+            return i, count, end  # a pointer or reference to threadgroup memory
+        layout, local, type_end = "", "", 0
+        for n, (a, b) in enumerate(src.split(i + 1, stop)):
+            name = next((j - 1 for j in range(a, b) if src.at(j) == "[" and src.is_name(j - 1)), b - 1)
+            type_end = type_end or name
+            if "=" in (src.at(j) for j in range(a, b)) or not src.is_name(name) or (n == 0 and name == a):
+                raise MetalCompileError(f"{src.where(i)}: cannot read this threadgroup declaration")
+            kind, offset, after = f"mm_tg{count}_t", f"mm_tg{count}", f"mm_tg{count}_end"
+            layout += f"typedef {src.slice(i + 1, type_end)} {kind} {src.slice(name + 1, b)}; "
+            layout += (
+                f"constexpr uint {offset} = mm_align({end}, alignof({kind})), {after} = {offset} + sizeof({kind}); "
+            )
+            layout += f"MM_ARENA({after}); "
+            local += f"__local {kind}& {src.at(name)} = *(__local {kind}*)(mm_arena + {offset}); "
+            count, end = count + 1, after
+        anchor = self._statement_start(i)
+        if anchor == i:
+            local = layout + local
+        else:  # the layout of a nested declaration stands where later declarations see it
+            self.edits.insert(src.tokens[anchor].start, layout)
+        self.edits.replace(src.tokens[i].start, src.tokens[stop].end, local)
+        return stop, count, end
+
+    def _outside(self, i: int, j: int) -> bool:
+        """Whether token j is not inside brackets or template arguments opened after i."""
+        k = i + 1
+        while k < j:
+            text = self.src.at(k)
+            closed = self.src.close_angle(k) if text == "<" else self.src.match[k] if text in ("(", "[", "{") else None
+            if closed is not None and closed > j:
+                return False
+            k = k + 1 if closed is None else closed + 1
+        return True
+
+    def _statement_start(self, i: int) -> int:
+        """First token of the statement of the kernel's outermost block that contains token i."""
+        src, j, start = self.src, self.body + 1, self.body + 1
+        while j < i:
+            text = src.at(j)
+            if text in ("(", "[", "{"):
+                closed = src.match[j]
+                if closed > i:
+                    return start
+                j = closed
+                if text == "{" and src.at(closed + 1) not in ("else", ";", "while", ")", ",", "."):
+                    start = closed + 1
+            elif text == ";":
+                start = j + 1
+            j += 1
+        return i
