@@ -36,6 +36,11 @@ def _opens_struct(source: Source, i: int) -> bool:
 
 def _body_of_method(source: Source, i: int) -> int | None:
     """The `{` of the method whose return type, a reference or pointer, has its `thread` at token i."""
+    j = i - 1
+    while source.at(j) not in (";", "{", "}", ":", ""):
+        if source.at(j) in ("static", "friend"):  # no object
+            return None
+        j -= 1
     j = i + 1
     while source.is_name(j) or source.at(j) in ("::", "<"):
         j = (source.close_angle(j) or j) + 1 if source.at(j) == "<" else j + 1
