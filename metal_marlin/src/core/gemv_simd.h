@@ -79,15 +79,15 @@ template <typename Format, typename T, typename S, uint kTokens> struct SimdGemv
     static void step(Words words, device const S* scales, uint k, thread const GemvArguments<T, S>& a,
                      thread const float (&xs)[kTokens][kStep], thread float (&total)[kTokens]) {
 #pragma unroll
-        for (uint run = 0; run < kStep; run += kRun) {
-            // the words of a run behind the end are 0, and so is what they are multiplied by
-            const float scale = float(scales[min((k + run) >> a.shift, a.groups - 1)]);
+        for (uint from = 0; from < kStep; from += kRun) {
+            // words behind the end are 0, and so is what they are multiplied by
+            const float scale = float(scales[min((k + from) >> a.shift, a.groups - 1)]);
 #pragma unroll
             for (uint m = 0; m < kTokens; ++m) {
                 float dot = 0;
 #pragma unroll
-                for (uint j = run / kPerWord;
-                     j < (kStep < kRun ? uint(kWords) : run / kPerWord + kRun / kPerWord); ++j) {
+                for (uint j = from / kPerWord;
+                     j < (kStep < kRun ? uint(kWords) : from / kPerWord + kRun / kPerWord); ++j) {
 #pragma unroll
                     for (uint i = 0; i < 4; ++i) {
                         const float2 v = Format::pair(words.w[j], i);
