@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from metal_marlin.errors import CompilerNotFound, MetalCompileError
-from metal_marlin.msl import operands, rejoin
+from metal_marlin.msl import operands
 from metal_marlin.msl.target import Target
 
 _ENV = "METAL_MARLIN_CLANG"
@@ -102,8 +102,7 @@ class Compiler:
         with tempfile.TemporaryDirectory(prefix="metal-marlin-") as folder:
             out = Path(folder) / ("row.ptx" if target.kind == "cuda" else "row.o")
             mode = "-S" if target.kind == "cuda" else "-c"
-            fibres = rejoin.FLAGS if target.kind == "cpu" and defines.get("METAL_MARLIN_LANES") == "32" else ()
-            words = [*flags(target), *fibres, *_macros(defines), "-I", str(stdlib_dir), mode, "-", "-o", str(out)]
+            words = [*flags(target), *_macros(defines), "-I", str(stdlib_dir), mode, "-", "-o", str(out)]
             self._mended((*self.command, *words), text, name, str(stdlib_dir))
             if target.kind == "cpu":
                 shared = out.with_suffix(".so")

@@ -1,9 +1,13 @@
-"""Marks where lanes of a simdgroup come together again at the end of a loop's iteration.
+"""Tells fibres what lockstep tells the lanes of a GPU: who meets whom in a collective of divergent code.
 
-A GPU runs the lanes that skip a branch no further than the end of that branch. Lanes that are fibres would run on into
-the next iteration, and meet there in a collective with lanes that are still in this one. So a loop gets a meeting at
-the end of each iteration (`metal::_rejoin()`, nothing on other devices) if its body has a collective that not every
-lane need reach: behind a condition, in an inner loop, or in a loop with `continue`.
+A GPU runs the lanes that skip a branch no further than the end of that branch. Lanes that are fibres run on until
+their next collective, so among lanes that wait at different ones those come first that are first in the source. Every
+call of a collective therefore states its number in the source (`metal::_at`), and so does every call of a function
+with collectives (`metal::_call`), which finds that number when it starts (`metal::_enter`).
+
+Numbers tell nothing of iterations: a loop gets a meeting at the end of each (`metal::_rejoin()`) if its body has a
+collective that not every lane need reach: behind a condition, in an inner loop, or in a loop with `continue`.
+All of this is nothing on devices without fibres.
 """
 
 from __future__ import annotations
@@ -12,18 +16,12 @@ import re
 
 from metal_marlin.msl.lexer import Edits, Source
 
-# Fibres meet in the order of code addresses (mm_fibre.h), so rows for the CPU with 32 lanes are compiled with blocks
-# left in the order of the source: no placement by frequency, no merging of tails, no exit blocks before loop bodies.
-FLAGS = (
-    *("-mllvm", "-disable-block-placement", "-mllvm", "-disable-branch-fold"),
-    *("-Xclang", "-disable-lifetime-markers"),
-)
-
 _COLLECTIVE = re.compile(
     r"(simd|quad)_(sum|product|min|max|and|or|xor|all|any|ballot|is_first|active_threads_mask"
     r"|prefix_\w+|broadcast\w*|shuffle\w*)"
 )
 _BRANCHES = frozenset(("if", "else", "for", "while", "do", "switch", "?", "&&", "||"))
+_BEFORE_CALL = frozenset(("return", "else", "do", "case", "template", "throw"))
 _NO_FUNCTION = frozenset(("if", "for", "while", "switch", "return", "sizeof", "decltype", "alignof"))
 
 
@@ -41,6 +39,7 @@ class _Marker:
     def run(self) -> None:
         if not self.calls:
             return
+        self._number_calls()
         for i in range(len(self.src)):
             if self.src.at(i) in ("for", "while") and self.src.at(i + 1) == "(" and not self._ends_do(i):
                 self._loop(i)
@@ -64,9 +63,66 @@ class _Marker:
             names |= found
 
     def _is_call(self, i: int, names: dict[str, bool]) -> bool:
-        if not self.src.is_name(i) or self.src.at(i + 1) not in ("(", "<"):
+        src = self.src
+        if not src.is_name(i) or not (src.at(i) in names or _COLLECTIVE.fullmatch(src.at(i))):
             return False
-        return self.src.at(i) in names or _COLLECTIVE.fullmatch(self.src.at(i)) is not None
+        opened = i + 1
+        if src.at(opened) == "<":
+            opened = (src.close_angle(opened) or i) + 1
+        return src.at(opened) == "(" and not self._is_declared(i, opened)
+
+    def _is_declared(self, i: int, opened: int) -> bool:
+        """Whether the name at i with its parameter list at `opened` is being declared, not called."""
+        src, after = self.src, self.src.match[opened] + 1
+        after += src.at(after) == "const"
+        if src.at(after) == "{" and src.at(i - 1) not in ("(", ","):
+            return True
+        return (src.is_name(i - 1) and src.at(i - 1) not in _BEFORE_CALL) or src.at(i - 1) == "~"
+
+    def _number_calls(self) -> None:
+        src, tokens = self.src, self.src.tokens
+        bodies = self._functions()
+        marked: set[int] = set()
+        loops = [i for i in range(len(src)) if src.at(i) in ("for", "while", "do") and not self._ends_do(i)]
+        # a loop's meeting stands at its end, an inner loop's before the outer one's
+        events = sorted([(i, 1, 0) for i in self.calls] + [(self._last(i), 0, -i) for i in loops])
+        self.numbers = {event: number for number, event in enumerate(events, 1)}
+        for i in self.calls:
+            number = self.numbers[(i, 1, 0)]
+            body = max((first for _, first, last in bodies if first < i < last), default=None)
+            if body is None:
+                continue
+            marked.add(body)
+            what = "_at" if _COLLECTIVE.fullmatch(src.at(i)) else "_call"
+            end = i + 1 if src.at(i + 1) == "(" else (src.close_angle(i + 1) or i) + 1
+            self.edits.insert(tokens[self._start(i)].start, f"(::metal::{what}(mm_call, {number}), ")
+            self.edits.insert(tokens[src.match[end]].end, ")")
+        for body in marked:
+            self.edits.insert(tokens[body].end, " const ulong mm_call = ::metal::_enter(); ")
+        self.bodies = bodies
+
+    def _start(self, i: int) -> int:
+        """First token of the postfix expression that calls the name at i: `a.b[1].f`, `N::T<2>::template f`."""
+        src = self.src
+        while True:
+            if src.at(i - 1) == "template":
+                i -= 1
+            if src.at(i - 1) not in (".", "->", "::"):
+                return i
+            before = self._operand(i - 2)
+            if before is None:  # of the global namespace
+                return i - 1
+            i = before
+
+    def _operand(self, last: int) -> int | None:
+        """First token of the operand that ends at token `last`."""
+        src, first = self.src, None
+        while True:
+            text = src.at(last)
+            opened = src.match[last] if text in (")", "]") else src.open_angle(last) if text == ">" else None
+            if opened is None:
+                return last if src.is_name(last) and text not in _BEFORE_CALL else first
+            first, last = opened, opened - 1
 
     def _functions(self) -> list[tuple[str, int, int]]:
         """(name, first and last token of the body) of every function definition."""
@@ -99,26 +155,35 @@ class _Marker:
         """Whether the `while` at i belongs to a `do`."""
         return any(self._end(j + 1) == i for j in range(i) if self.src.at(j) == "do")
 
+    def _last(self, i: int) -> int:
+        """The token before which the loop at i meets: behind its body, or the `while` of a `do`."""
+        return self._end(i + 1) if self.src.at(i) == "do" else self._end(self.src.match[i + 1] + 1)
+
+    def _meeting(self, loop: int) -> str:
+        if not any(first < loop < end for _, first, end in self.bodies):
+            return "::metal::_rejoin()"
+        return f"::metal::_at(mm_call, {self.numbers[(self._last(loop), 0, -loop)]}), ::metal::_rejoin()"
+
     def _loop(self, i: int) -> None:
         closing = self.src.match[i + 1]
         if not self._apart(closing + 1, self._end(closing + 1)):
             return
-        tokens = self.src.tokens
+        tokens, meeting = self.src.tokens, self._meeting(i)
         if self.src.at(i) == "while":
             self.edits.replace(tokens[i].start, tokens[i].end, "for")
             self.edits.insert(tokens[i + 1].end, ";")
-            self.edits.insert(tokens[closing].start, "; ::metal::_rejoin()")
+            self.edits.insert(tokens[closing].start, f"; {meeting}")
             return
         semicolons = [j for j in range(i + 2, closing) if self.src.at(j) == ";"]
         if len(semicolons) == 2:
             last = semicolons[1]
-            self.edits.insert(tokens[last].end, " ::metal::_rejoin()" + (", " if last + 1 < closing else ""))
+            self.edits.insert(tokens[last].end, f" {meeting}" + (", " if last + 1 < closing else ""))
 
     def _do(self, i: int) -> None:
         end = self._end(i + 1)
         if self.src.at(end) == "while" and self._apart(i + 1, end):
             tokens = self.src.tokens
-            self.edits.insert(tokens[end + 1].end, "::metal::_rejoin(), (")
+            self.edits.insert(tokens[end + 1].end, f"{self._meeting(i)}, (")
             self.edits.insert(tokens[self.src.match[end + 1]].start, ")")
 
     def _apart(self, first: int, last: int) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
-from metal_marlin.errors import NoDeviceError
+from metal_marlin.errors import ArgumentError, NoDeviceError
 
 
 class Executable(Protocol):
@@ -58,7 +58,7 @@ def device_module(kind: str) -> ModuleType:
 def resolve_device(name: object = None) -> DeviceId:
     """Device from "cuda:1", "cpu", a torch.device, or None (best usable one: cuda, mps, cpu).
 
-    Raises NoDeviceError with the reason when it cannot be used here.
+    Raises NoDeviceError with the reason when it cannot be used here, ArgumentError for an index that none has.
     """
     if name is None:
         for kind in kinds():
@@ -66,8 +66,13 @@ def resolve_device(name: object = None) -> DeviceId:
                 return resolve_device(kind)
         reasons = "; ".join(f"{kind}: {device_module(kind).probe()}" for kind in kinds())
         raise NoDeviceError(f"no device: {reasons}")
-    kind, _, index = str(name).partition(":")
-    reason = device_module(kind).probe()
+    kind, colon, index = str(name).partition(":")
+    probe = device_module(kind).probe
+    if colon and not (index.isascii() and index.isdigit()):
+        raise ArgumentError(f"device '{name}': '{index}' is not a number")
+    if kind != "cuda" and int(index or 0):
+        raise ArgumentError(f"device '{name}': there is one {kind} device, '{kind}'")
+    reason = probe()
     if reason is not None:
         raise NoDeviceError(f"no device: {kind}: {reason}")
     if not index and kind == "cuda":

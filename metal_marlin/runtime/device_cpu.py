@@ -25,6 +25,7 @@ from metal_marlin.msl.target import Target
 
 _STACK_ALIGN = 256 << 10
 _MAX_THREADS = 1024
+_MAX_ARENA = 256 << 10  # more than any GPU has; kernels need not fit Metal's 32 KiB here, but must fit somewhere
 _MAX_GRID = 2**32 - 1
 _BLOCKS_KEPT = 1024
 Dim3 = tuple[int, int, int]
@@ -170,6 +171,11 @@ class Executable:
             arena = (arena + 15) & ~15
             frame.args[i] = arena
             arena += size
+        if arena > _MAX_ARENA:
+            raise ArgumentError(
+                f"threadgroup_memory: kernel '{self.meta.name}' needs {arena} bytes with its own variables; the limit "
+                f"is {_MAX_ARENA} on the cpu (32768 on Apple GPUs)"
+            )
         count = min(pool_threads, math.prod(grid)) if gomp else 1
         head = (ctypes.addressof(frame.args), *grid, *tptg, *threads, arena, count, gomp)
         buffer = ctypes.create_string_buffer(_LAUNCH.size)

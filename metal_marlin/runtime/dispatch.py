@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 Size = int | Sequence[int]
 Dim3 = tuple[int, int, int]
 _GRIDS_KEPT = 4096
+_MEMORY = 2**31 - 1  # bytes; drivers count in 32 bits, and each device has its own, far lower limit
 _MISSING = object()
 _NUMBERS = (int, float)
+_INTS = {int}
 
 
 def dispatch_kernel(
@@ -47,10 +49,13 @@ def dispatch_kernel(
     MetalCompileError, DriverError.
     """
     state = library.dispatch_state
-    try:
+    grid = None
+    if (
+        (type(threads_per_threadgroup) is int or _is_ints(threads_per_threadgroup))
+        and (threads is None or type(threads) is int or _is_ints(threads))
+        and (threadgroups is None or type(threadgroups) is int or _is_ints(threadgroups))
+    ):
         grid = state.get((threads, threadgroups, threads_per_threadgroup))
-    except TypeError:  # lists do not hash
-        grid = None
     if grid is None:
         grid = _grid(state, threads, threadgroups, threads_per_threadgroup)
     binding = state.get(name)
@@ -59,9 +64,18 @@ def dispatch_kernel(
     binding.run(args, grid, threadgroup_memory)  # type: ignore[attr-defined]
 
 
+def _is_ints(size: Size) -> bool:
+    """Whether a grid may be looked up by `size`: 4.0 and True equal integers, and lists do not hash."""
+    return type(size) is tuple and {*map(type, size)} == _INTS
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _dim3(value: Size, what: str) -> Dim3:
     numbers = tuple(value) if isinstance(value, Sequence) else (value,)
-    if not 1 <= len(numbers) <= 3 or not all(isinstance(n, int) and n >= 0 for n in numbers):
+    if not 1 <= len(numbers) <= 3 or not all(map(_is_size, numbers)):
         raise ArgumentError(f"{what} must be 1 to 3 non-negative integers, got {value!r}")
     return (*numbers, 1, 1)[:3]  # type: ignore[return-value]
 
@@ -88,10 +102,13 @@ class Grid:
 
 def _grid(state: dict[Any, Any], threads: Size | None, threadgroups: Size | None, tptg: Size) -> Grid:
     grid = Grid(threads, threadgroups, tptg)
-    if len(state) < _GRIDS_KEPT:
-        key = tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in (threads, threadgroups, tptg))
-        state[key] = grid
-    return grid
+    key = tuple(tuple(v) if isinstance(v, Sequence) else v for v in (threads, threadgroups, tptg))
+    return state.setdefault(key, grid) if len(state) < _GRIDS_KEPT else state.get(key, grid)  # type: ignore[no-any-return]
+
+
+def _no_memory(param: ParamMeta, tensor: torch.Tensor) -> str:
+    kind = tensor.layout if tensor.layout != torch.strided else type(tensor).__name__
+    return f"{param.name}: takes a dense tensor, which {kind} is not"
 
 
 class _Slot:
@@ -136,6 +153,7 @@ class Binding:
         self._ready: dict[tuple[Grid, tuple[str, ...]], Any] = {}  # launches whose shape was checked
         self._order = [s.param.index for s in self.slots]
         self._size = max(self._order, default=-1) + 1
+        self._gaps = sorted(set(range(self._size)) - set(self._order))
         self._least = max((s.param.index for s in self.slots if s.param.enabled), default=-1) + 1
 
     def run(self, args: Sequence[Any] | Mapping[str, Any], grid: Grid, memory: Mapping[str | int, int] | None) -> None:
@@ -149,7 +167,10 @@ class Binding:
         device, tensors = self.device, self.tensors
         for slot, value in zip(self.slots, values, strict=True):
             if isinstance(value, torch.Tensor):
-                address = value.data_ptr()
+                try:
+                    address = value.data_ptr()
+                except RuntimeError:
+                    raise ArgumentError(_no_memory(slot.param, value)) from None
                 if (
                     value.device != device
                     or not value.is_contiguous()
@@ -160,6 +181,11 @@ class Binding:
                     check_tensor(slot.param, value, device, slot.allowed)
                 bound.append(value if tensors else address)  # type: ignore[arg-type]
                 if slot.value:
+                    if value.nbytes < slot.param.type.size:
+                        raise ArgumentError(
+                            f"{slot.param.name}: tensor has {value.nbytes} bytes, the kernel reads "
+                            f"{slot.param.type.size}"
+                        )
                     pointers += (slot.param.name,)
             elif slot.value and value is not None:
                 bound.append(slot.pack(value))
@@ -192,7 +218,7 @@ class Binding:
     def _by_name(self, args: Mapping[str, Any]) -> list[Any]:
         values = [args.get(s.param.name, _MISSING) for s in self.slots]
         if len(args) != len(self.names) or any(v is _MISSING for v in values):
-            unknown = [n for n in args if n not in {s.param.name for s in self.slots}]
+            unknown = [str(n) for n in args if n not in {s.param.name for s in self.slots}]
             missing = [n for n in self.names if n not in args]
             if unknown or missing:
                 raise ArgumentError(
@@ -208,12 +234,23 @@ class Binding:
         return values
 
     def _by_index(self, args: Sequence[Any]) -> list[Any]:
-        if not self._least <= len(args) <= self._size:
-            takes = ", ".join(f"{s.param.name} ({s.param.index})" for s in self.slots) or "none"
+        if type(args) not in (list, tuple) and (isinstance(args, (str, bytes)) or not isinstance(args, Sequence)):
             raise ArgumentError(
-                f"kernel '{self.name}' takes {self._size} arguments by buffer index, got {len(args)}: {takes}"
+                f"args: kernel '{self.name}' takes a dict by name or a sequence by index, not {type(args).__name__}"
             )
+        if not self._least <= len(args) <= self._size:
+            raise ArgumentError(
+                f"kernel '{self.name}' takes {self._size} arguments by buffer index, got {len(args)}: {self._takes()}"
+            )
+        for i in self._gaps:
+            if i < len(args) and args[i] is not None:
+                raise ArgumentError(
+                    f"args[{i}]: kernel '{self.name}' has no argument with buffer index {i}; it takes {self._takes()}"
+                )
         return [args[i] if i < len(args) else None for i in self._order]
+
+    def _takes(self) -> str:
+        return ", ".join(f"{s.param.name} ({s.param.index})" for s in self.slots) or "none"
 
     def _other(self, param: ParamMeta, value: Any, keep: list[torch.Tensor]) -> int | bytes:
         """Arguments that are neither tensors nor values."""
@@ -231,11 +268,13 @@ class Binding:
         )
 
     def _dynamic(self, memory: Mapping[str | int, int] | None) -> list[int]:
+        if not isinstance(memory or {}, Mapping):
+            raise ArgumentError(f"threadgroup_memory: takes a dict of bytes by name or index, got {memory!r}")
         given = dict(memory or {})
-        sizes = []
+        sizes: list[int] = []
         for name, index in self.meta.dynamic:
             size = given.pop(name, given.pop(index, None))
-            if size is None or size < 0:
+            if size is None or not _is_size(size) or size > _MEMORY:
                 raise ArgumentError(
                     f"threadgroup_memory: kernel '{self.name}' needs the bytes of '{name}' (index {index}), got {size}"
                 )

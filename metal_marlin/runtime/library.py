@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metal_marlin.errors import CompilerNotFound, MetalMarlinError, UnknownKernelError
+from metal_marlin.errors import ArgumentError, CompilerNotFound, MetalMarlinError, UnknownKernelError
 from metal_marlin.msl.clang import Compiler, find_compiler
 from metal_marlin.msl.preprocess import Flattener
 from metal_marlin.msl.program import RowRequest, Unit
@@ -46,6 +46,14 @@ def _is_file(source: str | Path) -> bool:
     return isinstance(source, Path) or (source.endswith(".metal") and "\n" not in source)
 
 
+def _found(path: Path) -> Path:
+    places = [path] if path.parent != Path() else [path, SRC / path]
+    for place in places:
+        if place.is_file():
+            return place
+    raise ArgumentError(f"source: no file '{path}' (looked in {' and '.join(str(p.absolute().parent) for p in places)})")
+
+
 class MetalKernelLibrary:
     """Kernels of Metal sources on one device.
 
@@ -56,7 +64,8 @@ class MetalKernelLibrary:
         `// metal-marlin: lanes=any` and 32 elsewhere. GPUs have 32.
     constants: function constants by name or index. defines: preprocessor macros. include_dirs: for `#include "…"`.
     Each file is a unit of its own, so one that does not compile leaves the others usable. Thread-safe.
-    Raises NoDeviceError; MetalCompileError with file and line for a source that cannot be read.
+    Raises NoDeviceError; ArgumentError for a file that is not there; MetalCompileError with file and line for a source
+    that cannot be read.
     """
 
     def __init__(
@@ -97,8 +106,7 @@ class MetalKernelLibrary:
         if isinstance(source, str) and not _is_file(source):
             return [Unit.from_text(source, "<source>", self._macros, self._include_dirs)]
         files = source_files() if source is None else [source] if isinstance(source, (str, Path)) else list(source)
-        paths = [p if p.exists() or p.parent != Path() else SRC / p for p in map(Path, files)]
-        return [Unit.from_file(p, self._macros, self._include_dirs) for p in paths]
+        return [Unit.from_file(_found(p), self._macros, self._include_dirs) for p in map(Path, files)]
 
     def lanes(self, unit: Unit) -> int:
         """Simdgroup width a unit is compiled for."""

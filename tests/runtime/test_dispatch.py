@@ -126,6 +126,8 @@ def test_indices_are_metals_and_may_leave_gaps(library: MetalKernelLibrary, devi
     assert not y[5:].any()
     with pytest.raises(ArgumentError, match=r"takes 5 arguments by buffer index, got 3: y \(4\), x \(1\), n \(2\)"):
         run(library, "gaps", [x, y, 5])
+    with pytest.raises(ArgumentError, match=r"args\[3\]: kernel 'gaps' has no argument with buffer index 3; it takes y"):
+        run(library, "gaps", [None, x, 5, x, y])
     with pytest.raises(ArgumentError, match="x: is None, but kernel 'gaps' uses it"):
         run(library, "gaps", [None, None, 5, None, y])
 
@@ -206,6 +208,17 @@ def test_a_value_may_be_a_tensor(library: MetalKernelLibrary, device: str) -> No
         run(library, "affine", {**args, "a": torch.tensor(0.5, device=device, dtype=torch.float64)})
 
 
+def test_a_tensor_holds_the_whole_value(library: MetalKernelLibrary, device: str) -> None:
+    args = affine_args(device)
+    with pytest.raises(ArgumentError, match="a: tensor has 0 bytes, the kernel reads 4"):
+        run(library, "affine", {**args, "a": torch.zeros(0, device=device)})
+    assert not args["y"].any()
+    small = torch.zeros(4, dtype=torch.uint8, device=device)
+    with pytest.raises(ArgumentError, match="local: tensor has 4 bytes, the kernel reads 8"):
+        run(library, "generic", {"pipe": args["y"], "local": small})
+    run(library, "generic", {"pipe": args["y"], "local": small.repeat(2)})
+
+
 def test_a_constant_array_may_be_a_list(library: MetalKernelLibrary, device: str) -> None:
     y = torch.zeros(8, device=device)
     at = torch.tensor([3, 0, 2, 1, 1, 2, 0, 3], dtype=torch.int32, device=device)
@@ -276,6 +289,17 @@ def test_arguments_that_are_refused(
     with pytest.raises(ArgumentError, match=message):
         run(library, "affine", {**args, **on_device})
     assert not args["y"].any()
+
+
+@pytest.mark.parametrize("args", [None, 5, "xyab", torch.zeros(4), {1: 2}], ids=lambda a: type(a).__name__)
+def test_what_is_no_arguments_at_all(library: MetalKernelLibrary, args: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"args: .*takes a dict by name or a sequence|unknown argument 1"):
+        run(library, "affine", args)
+
+
+def test_tensors_without_memory_are_refused(library: MetalKernelLibrary, device: str) -> None:
+    with pytest.raises(ArgumentError, match=r"x: takes a dense tensor, which torch\.sparse_coo is not"):
+        run(library, "affine", {**affine_args(device), "x": torch.zeros(8, device=device).to_sparse()})
 
 
 def test_tensors_elsewhere_are_refused(library: MetalKernelLibrary, device: str) -> None:
@@ -358,6 +382,22 @@ def test_grids_that_are_refused(library: MetalKernelLibrary, device: str, shape:
     assert not args["y"].any()
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [{"threads": 4.0}, {"threads": (4, 1.0)}, {"threads": (4, True)}, {"tptg": True}, {"tptg": (4.0,)}, {"tptg": "4"}],
+    ids=str,
+)
+def test_what_equals_a_grid_seen_before_is_refused_too(
+    library: MetalKernelLibrary, device: str, shape: dict[str, Any]
+) -> None:
+    args = affine_args(device)
+    for threads in (4, (4, 1)):
+        for tptg in (4, 1, (4,)):
+            run(library, "affine", args, threads, tptg)
+    with pytest.raises(ArgumentError, match="must be 1 to 3 non-negative integers"):
+        run(library, "affine", args, **{"threads": 4, "tptg": 4, **shape})
+
+
 def test_a_kernels_own_limit(library: MetalKernelLibrary, device: str) -> None:
     y = torch.zeros(128, device=device)
     run(library, "limited", [y], 128, 64)
@@ -411,6 +451,11 @@ def test_threadgroup_memory_by_name_and_index(library: MetalKernelLibrary, devic
         (None, r"needs the bytes of 'a' \(index 0\), got None"),
         ({"a": 256, "b": 256}, r"needs the bytes of 'pad' \(index 2\), got None"),
         ({"a": -1, "b": 256, "pad": 1}, "got -1"),
+        ({"a": 256.0, "b": 256, "pad": 64}, r"needs the bytes of 'a' \(index 0\), got 256\.0"),
+        ({"a": True, "b": 256, "pad": 64}, "got True"),
+        ({"a": 2**33, "b": 256, "pad": 64}, "got 8589934592"),
+        ({"a": 2**30, "b": 256, "pad": 64}, r"threadgroup|shared memory"),
+        (64, "takes a dict of bytes by name or index, got 64"),
         ({"a": 256, "b": 256, "pad": 64, "c": 1}, r"kernel 'reversed' has no threadgroup argument \['c'\]"),
     ],
 )

@@ -275,6 +275,16 @@ def test_devices_that_are_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
         MetalKernelLibrary(GOOD)
 
 
+@pytest.mark.parametrize("name", ["cpu:x", "cpu:1", "cpu:", "cpu:-1", "cuda:one", "mps:2"])
+def test_device_indices_that_do_not_exist(name: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"device '{name}': (.* is not a number|there is one \w+ device)"):
+        MetalKernelLibrary(GOOD, device=name)
+
+
+def test_device_indices() -> None:
+    assert str(MetalKernelLibrary(GOOD, device=torch.device("cpu", 0)).device) == "cpu"
+
+
 @pytest.mark.parametrize("text", ["cpu:x86-64-v2", "cuda:90", "cuda:sm_9", "gpu", "cpu:"])
 def test_targets_that_do_not_exist(text: str) -> None:
     with pytest.raises(ArgumentError, match="expected cpu, cpu:<level>"):
@@ -282,6 +292,14 @@ def test_targets_that_do_not_exist(text: str) -> None:
 
 
 # --- units
+
+
+def test_files_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArgumentError, match=rf"no file 'nope\.metal' \(looked in {tmp_path} and {library.SRC}\)"):
+        MetalKernelLibrary("nope.metal", device="cpu")
+    with pytest.raises(ArgumentError, match=rf"no file 'sub/nope\.metal' \(looked in {tmp_path}/sub\)"):
+        MetalKernelLibrary(["sub/nope.metal"], device="cpu")
 
 
 def test_several_files_are_units_of_their_own(tmp_path: Path, cache: RowCache, compiler: Compiler) -> None:

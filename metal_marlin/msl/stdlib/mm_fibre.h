@@ -2,8 +2,9 @@
 // CPU, 32 lanes: every thread of a threadgroup is a fibre of one worker, and lanes meet in collectives.
 //
 // A lane that calls a collective stages its value and yields. When every unfinished lane of its simdgroup has yielded,
-// the lanes that wait at the lowest code address (the others still have to catch up with, or have already left, what
-// lies before) are released together: their values are published and they form the active mask.
+// the lanes that wait first in the order of the source (the others have already left what lies before) are released
+// together: their values are published and they form the active mask. The source's order comes from the rewriter
+// (msl/rejoin.py); where it says nothing, the order of code addresses takes its place.
 // That order is the source's, as long as the compiler keeps it (FLAGS in msl/rejoin.py) and loops whose lanes may part
 // end each iteration in a meeting (metal::_rejoin).
 // One simdgroup runs at a time, until its lanes have finished or wait at a threadgroup barrier.
@@ -23,6 +24,8 @@ struct mm_lane {
   mm_worker* worker;
   mm_lane* next_free;
   ulong sp;
+  ulong call;  // where the source calls the function that runs now, and where what it calls next is called
+  ulong place; // of the collective that comes next
   uint index;  // in its simdgroup
 };
 
@@ -30,7 +33,8 @@ struct mm_simdgroup {
   alignas(64) uchar published[32 * mm_slot_bytes];  // dense: values[lane]
   uchar large[32 * mm_slot_bytes];                  // staged values of more than 8 bytes
   ulong small[32];                                  // staged values of up to 8 bytes
-  ulong site[32];                                   // where each blocked lane waits
+  ulong site[32];                                   // where each blocked lane waits: return address
+  ulong place[32];                                  // and place in the source
   ulong sp[32];                                     // stack pointers of blocked lanes
   uchar bytes[32];                                  // size of each staged value
   uint active;                                      // lanes released together with the published values
@@ -111,6 +115,7 @@ template <class T> MM_SITE mm_meeting<T> mm_meet(T value) {
   }
   group->bytes[lane] = sizeof(T);
   group->site[lane] = (ulong)__builtin_return_address(0);
+  group->place[lane] = self->place;
   group->blocked |= 1u << lane;
   mm_wait(self, group);
   return {group, lane};
@@ -123,6 +128,7 @@ MM_SITE mm_meeting<void> mm_meet() {
   const ulong lane = self->index;
   group->bytes[lane] = 0;
   group->site[lane] = (ulong)__builtin_return_address(0);
+  group->place[lane] = self->place;
   group->blocked |= 1u << lane;
   mm_wait(self, group);
   return {group, lane};
@@ -151,9 +157,14 @@ MM_OUTLINE void mm_publish(mm_simdgroup* group, uint bytes) {
 
 // Every unfinished lane is blocked: release those that wait at the lowest address.
 MM_OUTLINE void mm_release(mm_simdgroup* group) {
-  ulong lowest = ~0ul;
+  ulong first = ~0ul, lowest = ~0ul;
   for (int i = 0; i < 32; ++i) {
-    const ulong site = (group->blocked >> i & 1) != 0 ? group->site[i] : ~0ul;
+    const ulong place = (group->blocked >> i & 1) != 0 ? group->place[i] : ~0ul;
+    first = place < first ? place : first;
+  }
+  for (int i = 0; i < 32; ++i) {
+    const bool here = (group->blocked >> i & 1) != 0 && group->place[i] == first;
+    const ulong site = here ? group->site[i] : ~0ul;
     lowest = site < lowest ? site : lowest;
   }
   uint together = 0;

@@ -84,6 +84,7 @@ static __attribute__((noinline)) void mm_fibre() {
     mm_simdgroup* g = w->group;
     while (g->started < g->size) {
       self->index = g->started++;
+      self->call = self->place = 0;
       const mm_ctx c = {w->place, w->position, (uint)(g - w->simdgroup) * 32 + self->index};
       if (++w->position.x == w->place.size.x) {
         w->position.x = 0;
