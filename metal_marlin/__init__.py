@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from metal_marlin._version import __version__
 
 if TYPE_CHECKING:
+    from metal_marlin.ops.linear_decode import linear_decode
     from metal_marlin.runtime.device_mps import mps_tensor_to_metal_buffer
     from metal_marlin.runtime.dispatch import dispatch_kernel
     from metal_marlin.runtime.inline import metal_kernel
@@ -19,6 +20,7 @@ _HOMES = {
     "get_shader_source": "metal_marlin.runtime.library",
     "dispatch_kernel": "metal_marlin.runtime.dispatch",
     "metal_kernel": "metal_marlin.runtime.inline",
+    "linear_decode": "metal_marlin.ops.linear_decode",
     "mps_tensor_to_metal_buffer": "metal_marlin.runtime.device_mps",
 }
 
@@ -27,6 +29,7 @@ __all__ = [
     "__version__",
     "dispatch_kernel",
     "get_shader_source",
+    "linear_decode",
     "metal_kernel",
     "mps_tensor_to_metal_buffer",
 ]

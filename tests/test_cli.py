@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -11,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from metal_marlin import __version__
 from metal_marlin.cli import app
+from metal_marlin.cli import console as console_module
 from metal_marlin.cli import doctor as doctor_command
+from metal_marlin.cli import kernels as kernels_command
 from metal_marlin.cli.arguments import parse_constants, parse_sizes, parse_value, split
 from metal_marlin.errors import ArgumentError
 from metal_marlin.ops import inventory as inventory_module
@@ -268,6 +272,31 @@ class TestKernels:
         assert result.exit_code == 1
         assert "missing: third" in result.output
         assert json.loads(call("kernels", "--json", "--audit", str(names)).output)["missing"] == ["third"]
+
+    @pytest.mark.usefixtures("rows")
+    def test_piped_output_is_plain_lines(self) -> None:
+        for columns in ("40", "200"):
+            output = CliRunner().invoke(app, ["kernels"], env={"COLUMNS": columns}).output
+            assert [line.split("\t")[0] for line in output.splitlines()] == ["first_float", "first_half", "second"]
+            assert output.splitlines()[2].split("\t")[1:4] == ["second.metal", "-", "-"]
+
+    @pytest.mark.usefixtures("rows")
+    def test_a_narrow_terminal_keeps_names_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        shown = Console(file=io.StringIO(), force_terminal=True, width=40, highlight=False)
+        monkeypatch.setattr(console_module, "console", shown)
+        monkeypatch.setattr(kernels_command, "console", shown)
+        assert call("kernels").exit_code == 0
+        output = shown.file.getvalue()  # type: ignore[attr-defined]
+        assert all(name in output for name in ("first_float", "first_half", "second"))
+
+    @pytest.mark.usefixtures("rows")
+    def test_audit_counts_many_missing_names(self, tmp_path: Path) -> None:
+        names = tmp_path / "names.txt"
+        names.write_text("\n".join([f"third_{n}" for n in range(20)] + ["fourth_0", "second"]))
+        brief = call("kernels", "--audit", str(names)).output
+        assert brief.splitlines()[0] == "missing: 20 third_*, fourth_0"
+        assert "1 of 22 listed kernels present, 21 missing (--missing names them), 2 not listed" in brief
+        assert "missing: third_19\n" in call("kernels", "--audit", str(names), "--missing").output
 
     def test_two_claims_are_an_error(self, rows: None, monkeypatch: pytest.MonkeyPatch) -> None:
         op = OpSpec("other", "first.metal", torch.ones_like, [], kernels=("*_half",))

@@ -80,11 +80,12 @@ def kernels(
         Path | None,
         typer.Option(help="File of names, one a line; exit with 1 if any is not a kernel here.", **_EXISTING),
     ] = None,
+    missing: Annotated[bool, typer.Option("--missing", help="With --audit: print every missing name.")] = False,
 ) -> None:
     """List the kernels that ship with the package, and what each belongs to."""
     from metal_marlin.cli import kernels as command
 
-    raise typer.Exit(command.run(as_json=json, audit=audit))
+    raise typer.Exit(command.run(as_json=json, audit=audit, every=missing))
 
 
 @app.command("compile")

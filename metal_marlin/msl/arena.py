@@ -26,38 +26,62 @@ class _Arena:
         src = self.src
         i, count, end = self.body + 1, 0, "0"
         while i < src.match[self.body]:
-            if src.at(i) == "threadgroup" and src.at(i - 1) in ("{", "}", ";"):
-                i, count, end = self._threadgroup(i, count, end)
+            if src.at(i) == "threadgroup":
+                first = self._declaration_start(i)
+                if first is not None:
+                    i, count, end = self._threadgroup(first, i, count, end)
             i += 1
 
-    def _threadgroup(self, i: int, count: int, end: str) -> tuple[int, int, str]:
-        """Turn the declaration at i into arena references; returns its last token, the next number, the arena's end."""
+    def _declaration_start(self, i: int) -> int | None:
+        """First token of the declaration whose specifiers hold the `threadgroup` at i; None inside other things."""
+        src, j = self.src, i
+        while src.at(j - 1) not in ("{", "}", ";"):
+            j = src.match[j - 1] if src.at(j - 1) == ")" else j - 1
+            if not src.is_name(j) and src.at(j) not in ("(", "::"):
+                return None
+        return None if src.at(j) in ("for", "if", "while", "switch", "return", "using", "typedef") else j
+
+    def _threadgroup(self, head: int, i: int, count: int, end: str) -> tuple[int, int, str]:
+        """Turn the declaration at `head` with its `threadgroup` at i into arena references; returns its last token,
+        the next number, the arena's end."""
         src, stop = self.src, i
         while src.at(stop) != ";":
             stop = src.match[stop] + 1 if src.at(stop) in ("(", "[", "{") else stop + 1
         if any(src.at(j) in ("*", "&") for j in range(i + 1, stop) if self._outside(i, j)):
             return i, count, end  # a pointer or reference to threadgroup memory
         layout, local, type_end = "", "", 0
-        for n, (a, b) in enumerate(src.split(i + 1, stop)):
+        for a, b in src.split(i + 1, stop):
             name = next((j - 1 for j in range(a, b) if src.at(j) == "[" and src.is_name(j - 1)), b - 1)
             type_end = type_end or name
-            if "=" in (src.at(j) for j in range(a, b)) or not src.is_name(name) or (n == 0 and name == a):
+            specifiers, aligned = self._specifiers([*range(head, i), *range(i + 1, type_end)])
+            if "=" in (src.at(j) for j in range(a, b)) or not src.is_name(name) or not specifiers:
                 raise MetalCompileError(f"{src.where(i)}: cannot read this threadgroup declaration")
             kind, offset, after = f"mm_tg{count}_t", f"mm_tg{count}", f"mm_tg{count}_end"
-            layout += f"typedef {src.slice(i + 1, type_end)} {kind} {src.slice(name + 1, b)}; "
+            layout += f"typedef {specifiers} {kind} {src.slice(name + 1, b)}{aligned}; "
             layout += (
                 f"constexpr uint {offset} = mm_align({end}, alignof({kind})), {after} = {offset} + sizeof({kind}); "
             )
             layout += f"MM_ARENA({after}); "
             local += f"__local {kind}& {src.at(name)} = *(__local {kind}*)(mm_arena + {offset}); "
             count, end = count + 1, after
-        anchor = self._statement_start(i)
-        if anchor == i:
+        anchor = self._statement_start(head)
+        if anchor == head:
             local = layout + local
         else:  # the layout of a nested declaration stands where later declarations see it
             self.edits.insert(src.tokens[anchor].start, layout)
-        self.edits.replace(src.tokens[i].start, src.tokens[stop].end, local)
+        self.edits.replace(src.tokens[head].start, src.tokens[stop].end, local)
         return stop, count, end
+
+    def _specifiers(self, tokens: list[int]) -> tuple[str, str]:
+        """The words of the type, and the attribute that stands for an `alignas` among them."""
+        src, words, aligned, skipped = self.src, [], "", -1
+        for j in tokens:
+            if src.at(j) == "alignas":
+                skipped = src.match[j + 1]
+                aligned = f" __attribute__((aligned{src.slice(j + 1, skipped + 1)}))"
+            elif j > skipped:
+                words.append(src.at(j))
+        return " ".join(words), aligned
 
     def _outside(self, i: int, j: int) -> bool:
         """Whether token j is not inside brackets or template arguments opened after i."""

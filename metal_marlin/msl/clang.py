@@ -150,8 +150,10 @@ def _readable(stderr: str, name: str) -> str:
         if not re.match(r"\d+ (error|warning)s? generated", line)
     ]
     errors = [line for line in lines if "error:" in line] or lines
+    first = errors[0] if errors else "unknown error"
     head = f"kernel '{name}' does not compile" if name else "the source does not preprocess"
-    return "\n  ".join([f"{head}: {errors[0] if errors else 'unknown error'}", *lines])
+    at = lines.index(first) if errors else 0
+    return "\n  ".join([f"{head}: {first}", *lines[:at], *lines[at + 1 :]])
 
 
 @functools.lru_cache(maxsize=8)

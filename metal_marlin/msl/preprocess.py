@@ -13,6 +13,7 @@ _ONCE = re.compile(r"[ \t]*#[ \t]*pragma[ \t]+once\b")
 _DIRECTIVE = re.compile(r"^[ \t]*#[ \t]*(define|undef|if|ifdef|ifndef|elif|else|endif|error)\b|\b_Pragma\b", re.M)
 _CONDITIONAL = re.compile(r"[ \t]*#[ \t]*(if|endif)")
 _MAX_DEPTH = 64
+_STDLIB = Path(__file__).with_name("stdlib")
 
 
 def is_standard(header: str) -> bool:
@@ -32,6 +33,7 @@ class Flattener:
         self.include_dirs = [Path(d) for d in include_dirs]
         self.markers = markers
         self.standard: list[str] = []  # <headers> seen, in order
+        self.missing: list[str] = []  # what to say of standard headers that are not in msl/stdlib; Metal has them
         self.files: list[Path] = []
         self._once: set[Path] = set()
         self._conditionals = 0  # open #if
@@ -79,7 +81,11 @@ class Flattener:
     def _include(self, header: str, quoted: bool, where: str, here: Path | None, depth: int) -> str:
         path = self._find(header, here)
         if path is None:
-            if is_standard(header):
+            known = is_standard(header)
+            if known and not (_STDLIB / header).is_file() and not self._conditionals:
+                self.missing.append(f"{where}: standard header <{header}> is not supported here")
+                return "" if self.markers else f"#include <{header}>"
+            if known and (_STDLIB / header).is_file():
                 if header not in self.standard:
                     self.standard.append(header)
                 return "" if self.markers else f"#include <{header}>"

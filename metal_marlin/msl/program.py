@@ -6,10 +6,11 @@ import functools
 import hashlib
 import json
 import re
+import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from metal_marlin.errors import MetalCompileError, UnknownKernelError
+from metal_marlin.errors import ArgumentError, MetalCompileError, UnknownKernelError
 from metal_marlin.msl.clang import Compiler, find_compiler, flags
 from metal_marlin.msl.entry import arena_bytes, entry_text, read_types, strip_types
 from metal_marlin.msl.lexer import Source
@@ -49,8 +50,17 @@ def device_macros(target: Target, lanes: int) -> dict[str, str]:
 class Unit:
     """A flat MSL text. `source` is what Metal gets; keys depend on content, never on where files lie."""
 
-    def __init__(self, marked: str, source: str, name: str, defines: Mapping[str, str], headers: Sequence[str]) -> None:
+    def __init__(
+        self,
+        marked: str,
+        source: str,
+        name: str,
+        defines: Mapping[str, str],
+        headers: Sequence[str],
+        missing: Sequence[str] = (),
+    ) -> None:
         self.name = name
+        self.missing = tuple(missing)
         self.headers = tuple(dict.fromkeys(["metal_stdlib", *headers]))
         self.source = source
         self.defines = dict(defines)
@@ -77,7 +87,7 @@ class Unit:
         flattener = Flattener(include_dirs)
         marked = flatten(flattener)
         source = flatten(Flattener(include_dirs, markers=False))
-        return Unit(marked, source, name, defines, flattener.standard)
+        return Unit(marked, source, name, defines, flattener.standard, flattener.missing)
 
     @property
     def lane_agnostic(self) -> bool:
@@ -134,6 +144,8 @@ class Unit:
         if request.target.kind == "metal":
             macros = "".join(f"#define {name} {value}\n" for name, value in self.defines.items())
             return metal_row(reflection, request.name, macros + self.source)
+        if self.missing:
+            raise MetalCompileError(self.missing[0])
         assert compiler is not None
         kernel = program.kernels[request.name]
         body = rewrite(reflection.source, reflection, resolve_constants(program.constants, request.constants))
@@ -187,7 +199,8 @@ class RowRequest:
 
 
 def resolve_constants(declared: Iterable[FunctionConstant], given: Mapping[str | int, object]) -> dict[str, str]:
-    """Literals by name. Raises MetalCompileError for a constant that the source does not declare."""
+    """Literals by name. Raises MetalCompileError for a constant that the source does not declare, ArgumentError for a
+    value that its type does not hold or one given twice."""
     declared = list(declared)
     out: dict[str, str] = {}
     for key, value in given.items():
@@ -195,14 +208,59 @@ def resolve_constants(declared: Iterable[FunctionConstant], given: Mapping[str |
         if found is None:
             names = ", ".join(f"{c.name} ({c.index})" for c in declared) or "none"
             raise MetalCompileError(f"no function constant {key!r}; the source declares: {names}")
-        out[found.name] = f"::metal::_make<{found.type}>({_literal(value)})"
+        if found.name in out:
+            raise ArgumentError(f"function constant '{found.name}' is given twice, by name and by index {found.index}")
+        out[found.name] = f"::metal::_make<{found.type}>({_literal(_checked(found, value))})"
     return out
+
+
+def _ranges() -> dict[str, tuple[int, int]]:
+    out = {"bool": (0, 1), "unsigned": (0, 2**32 - 1), "size_t": (0, 2**64 - 1)}
+    for bits, name in ((8, "char"), (16, "short"), (32, "int"), (64, "long")):
+        out |= dict.fromkeys((name, f"int{bits}_t"), (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1))
+        out |= dict.fromkeys((f"u{name}", f"unsigned {name}", f"uint{bits}_t"), (0, 2**bits - 1))
+    return out
+
+
+_RANGES = _ranges()
+_FLOATS = {"half": "<e", "float": "<f", "bfloat": "<f"}
+
+
+def _checked(constant: FunctionConstant, value: object) -> object:
+    """The value as its declared type has it; types that are not Metal's own are the compiler's to check."""
+    spelled = " ".join(re.sub(r"\bconst\b|\bmetal\b|::", " ", constant.type).split())
+    base, lanes = spelled[:-1], spelled[-1:]
+    if lanes not in ("2", "3", "4"):
+        base, lanes = spelled, "1"
+    if base not in _RANGES and base not in _FLOATS:
+        return value
+    if not isinstance(value, (list, tuple)):
+        return _fitted(constant.name, base, value)
+    if len(value) != int(lanes):
+        raise ArgumentError(f"function constant '{constant.name}': {spelled} takes {lanes} numbers, got {value!r}")
+    return [_fitted(constant.name, base, v) for v in value]
+
+
+def _fitted(name: str, kind: str, value: object) -> object:
+    if kind in _RANGES:
+        least, most = _RANGES[kind]
+        whole = int(value) if isinstance(value, float) and value.is_integer() else value
+        if isinstance(whole, int) and least <= whole <= most:
+            return bool(whole) if kind == "bool" else whole
+        raise ArgumentError(f"function constant '{name}': {value!r} does not fit {kind} ({least} to {most})")
+    try:
+        struct.pack(_FLOATS[kind], value)
+    except (struct.error, OverflowError):
+        raise ArgumentError(f"function constant '{name}': {value!r} does not fit {kind}") from None
+    return value
 
 
 def _literal(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):
+        if value == -(2**63):
+            return f"({value + 1}l - 1)"
         return f"{value}" if abs(value) < 2**31 else f"{value}ul" if value > 0 else f"{value}l"
     if isinstance(value, float):
         if value != value:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 from metal_marlin.errors import MetalCompileError
 from metal_marlin.msl import arena, methods, rejoin
+from metal_marlin.msl.aliases import Aliases
 from metal_marlin.msl.lexer import Edits, Source
 from metal_marlin.msl.reflect import Definition, Reflection
 
@@ -57,9 +58,9 @@ class _Rewriter:
         self.constants = constants
         self.edits = Edits(source.text)
         # half and bfloat too: clang converts neither into the other
-        self.types = VECTORS | self._aliases() | {"half", "bfloat"}
+        self.types = VECTORS | {"half", "bfloat"}
+        self.aliases = Aliases(source, VECTORS)
         self.casts: set[int] = set()  # the closing parentheses of rewritten casts
-        self.alias_templates = self._alias_templates() | {"vec"}
 
     def run(self) -> str:
         for first, last in self.reflection.erased:
@@ -71,32 +72,6 @@ class _Rewriter:
         methods.qualify(self.src, self.edits)
         rejoin.mark(self.src, self.edits)
         return self.edits.apply()
-
-    def _aliases(self) -> frozenset[str]:
-        """Names of `using X =`, `typedef … X;` and template type parameters."""
-        src, names = self.src, set()
-        for i in range(len(src)):
-            text = src.at(i)
-            if text == "using" and src.is_name(i + 1) and src.at(i + 2) == "=":
-                names.add(src.at(i + 1))
-            elif text == "typedef" and src.at(i + 1) not in ("struct", "union", "class", "enum"):
-                j = i
-                while src.at(j) != ";":
-                    j += 1
-                if src.is_name(j - 1):
-                    names.add(src.at(j - 1))
-            elif text in ("typename", "class") and src.is_name(i + 1) and src.at(i + 2) in (",", ">", "="):
-                names.add(src.at(i + 1))
-        return frozenset(names)
-
-    def _alias_templates(self) -> frozenset[str]:
-        src, names = self.src, set()
-        for i in range(len(src)):
-            if src.at(i) == "template" and src.at(i + 1) == "<":
-                closed = src.close_angle(i + 1)
-                if closed is not None and src.at(closed + 1) == "using":
-                    names.add(src.at(closed + 2))
-        return frozenset(names)
 
     def _span(self, first: int, last: int, text: str) -> None:
         """Replace tokens first … last-1."""
@@ -119,7 +94,7 @@ class _Rewriter:
                 self._named_cast(i)
             elif text == "template" and src.at(i + 1) == "<":
                 self._function_parameters(i + 1)
-            elif text in self.types or text in self.alias_templates:
+            elif self._is_type(i) or text in self.aliases.templates:
                 self._type(i)
         elif token.kind == "number" and text[-2:].lower() == "bf" and not text.lower().startswith("0x"):
             self._span(i, i + 1, f"((bfloat){text[:-2]}{'' if '.' in text or 'e' in text else '.'}f)")
@@ -180,6 +155,9 @@ class _Rewriter:
 
     # --- types: constructors and casts
 
+    def _is_type(self, i: int) -> bool:
+        return self.src.at(i) in self.types or self.aliases.is_type(i)
+
     def _type_start(self, i: int) -> int:
         """First token of the possibly qualified type name that ends at token i."""
         src = self.src
@@ -198,7 +176,7 @@ class _Rewriter:
 
     def _type(self, i: int) -> None:
         src, start, end = self.src, self._type_start(i), i
-        if src.at(i) in self.alias_templates and src.at(i + 1) == "<":
+        if src.at(i) in self.aliases.templates and src.at(i + 1) == "<":
             closed = src.close_angle(i + 1)
             if closed is None:
                 return
@@ -206,13 +184,23 @@ class _Rewriter:
         elif src.at(i) == "vec":
             return
         after, before = src.at(end + 1), src.at(start - 1)
-        if after == "(" and before not in ("operator", "~", "class", "struct", "."):
+        if src.is_name(end + 1) and src.at(end + 2) == "(":
+            self._initialised(start, end, src.at(i) == "vec" or self.aliases.is_vector(i))
+        elif after == "(" and before not in ("operator", "~", "class", "struct", "."):
             self._constructor(start, end)
         elif after == ")" and before == "(" and self._is_cast(start - 1, end + 1):
             if src.at(end + 2) == "(":
                 self._check_comma(end + 2)
                 self._truth(end + 2, inside=False)
             self._cast(start - 1, end + 1)
+
+    def _initialised(self, start: int, end: int, vector: bool) -> None:
+        """`float4 v(a, b);` in a function: `float4 v = float4(a, b);`."""
+        src, opened = self.src, end + 2
+        first = src.at(start - 1) in (";", "{", "}", ")", ":", "else", "const", "constexpr", "thread")
+        if vector and first and self.aliases.in_function(start) and src.at(src.match[opened] + 1) in (";", ","):
+            made = f" = ::metal::_make<{src.slice(start, end + 1)}>"
+            self.edits.insert(src.tokens[end + 1].end, made)
 
     def _cast(self, opened: int, closed: int) -> None:
         """Rewrite `(T)`, and a cast to a scalar that its value goes to: a cast expression binds tighter than ->*."""
@@ -243,7 +231,7 @@ class _Rewriter:
             return  # declarator: T (&name)[N]
         if src.at(closed + 1) == "{" and src.at(start - 1) not in ("return", "=", "(", ","):
             return
-        self.edits.insert(src.tokens[start].start, "::metal::_make<")
+        self.edits.insert(src.tokens[start].start, " ::metal::_make<")
         self.edits.insert(src.tokens[end].end, ">")
         self._truth(opened, inside=True)
 
@@ -312,15 +300,16 @@ class _Rewriter:
         if src.at(i) == "decltype":
             closed = src.match.get(i + 1, i)
             if src.at(closed + 1) == "(" and src.at(i - 1) != "operator":
-                self.edits.insert(src.tokens[i].start, "::metal::_make<")
+                self.edits.insert(src.tokens[i].start, " ::metal::_make<")
                 self.edits.insert(src.tokens[closed].end, ">")
             return
         closed_angle = src.close_angle(i + 1)
         if closed_angle is None:
             return
         words = {src.at(j) for j in range(i + 2, closed_angle)}
-        if words & (self.types | self.alias_templates) and not words & {"*", "&"}:
-            self._span(i, i + 1, "::metal::_make")
+        typed = words & self.aliases.templates or any(self._is_type(j) for j in range(i + 2, closed_angle))
+        if typed and not words & {"*", "&"}:
+            self._span(i, i + 1, " ::metal::_make")
 
     # --- kernels
 

@@ -25,7 +25,17 @@ _EXTRAS = {
 }
 _V3 = frozenset("avx avx2 bmi1 bmi2 f16c fma abm movbe xsave".split())
 _V4 = frozenset("avx512f avx512bw avx512cd avx512dq avx512vl".split())
+# what `parse` takes besides; clang would only warn of a feature that does not exist
+_X86_FEATURES = frozenset(_EXTRAS.values()) | frozenset(
+    "aes amx-complex amx-fp16 avx avx2 avx512bitalg avx512bw avx512cd avx512dq avx512f avx512ifma avx512vl "
+    "avx512vpopcntdq avxifma avxneconvert avxvnniint16 avxvnniint8 bmi bmi2 f16c fma lzcnt movbe pclmul popcnt sha "
+    "sse4.1 sse4.2 vaes vpclmulqdq xsave".split()
+)
 _ARM_EXTRAS = {"asimdhp": "fullfp16", "bf16": "bf16", "i8mm": "i8mm", "asimddp": "dotprod"}
+
+
+_ARM_FEATURES = frozenset(_ARM_EXTRAS.values()) | frozenset("aes crc lse rdm sha2 sve sve2".split())
+_OLDEST_SM = 80
 
 
 @dataclass(frozen=True)
@@ -63,8 +73,16 @@ class Target:
         kind, _, rest = text.partition(":")
         arch, *features = rest.split("+")
         if kind == "cuda" and re.fullmatch(r"sm_\d{2,3}[af]?", rest):
+            if int(re.sub(r"\D", "", rest)) < _OLDEST_SM:
+                raise ArgumentError(f"target '{text}': sm_{_OLDEST_SM} is the oldest")
             return Target("cuda", rest)
         if kind == "cpu" and arch in ("x86-64-v3", "x86-64-v4", "aarch64"):
+            known = _ARM_FEATURES if arch == "aarch64" else _X86_FEATURES
+            unknown = sorted(set(features) - known)
+            if unknown:
+                raise ArgumentError(
+                    f"target '{text}': {arch} has no feature '{unknown[0]}'; known: {', '.join(sorted(known))}"
+                )
             return Target("cpu", arch, tuple(f"+{f}" for f in sorted(set(features))))
         raise ArgumentError(f"target '{text}': expected cpu, cpu:<level>[+feature…], cuda:sm_<NN> or metal")
 

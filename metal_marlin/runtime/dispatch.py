@@ -103,7 +103,7 @@ class Grid:
 def _grid(state: dict[Any, Any], threads: Size | None, threadgroups: Size | None, tptg: Size) -> Grid:
     grid = Grid(threads, threadgroups, tptg)
     key = tuple(tuple(v) if isinstance(v, Sequence) else v for v in (threads, threadgroups, tptg))
-    return state.setdefault(key, grid) if len(state) < _GRIDS_KEPT else state.get(key, grid)  # type: ignore[no-any-return]
+    return state.setdefault(key, grid) if len(state) < _GRIDS_KEPT else state.get(key, grid)
 
 
 def _no_memory(param: ParamMeta, tensor: torch.Tensor) -> str:

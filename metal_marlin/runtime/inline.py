@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -72,14 +73,7 @@ class InlineKernel:
                 vector = any(part in attribute for part in _VECTOR_POSITIONS)
                 params.append(f"{'uint3' if vector else 'uint'} {attribute} [[{attribute}]]")
         lines = ["#include <metal_stdlib>", "using namespace metal;"]
-        for key, value in template.items():
-            if isinstance(value, torch.dtype):
-                lines.append(f"typedef {_msl_type(key, value)} {key};")
-            else:
-                kind = "bool" if isinstance(value, bool) else "int"
-                lines.append(
-                    f"constant {kind} {key} = {str(value).lower() if isinstance(value, bool) else int(value)};"
-                )
+        lines += [_template(key, value) for key, value in template.items()]
         joined = ",\n    ".join(params)
         return "\n".join([*lines, self.header, f"kernel void {self.name}(\n    {joined}) {{\n{self.source}\n}}", ""])
 
@@ -96,8 +90,9 @@ class InlineKernel:
     ) -> list[torch.Tensor]:
         """Run on the device of the first tensor (or `device`).
 
-        grid: total threads; threadgroup: threads per threadgroup; template: names to dtypes, ints or bools, visible in
-        the source; init_value: what outputs hold before the kernel (else uninitialised). Returns the outputs.
+        grid: total threads; threadgroup: threads per threadgroup; template: names to dtypes, bools, floats (`float`)
+        or ints (`int`, or `long` where 32 bits do not hold it), visible in the source; init_value: what outputs hold
+        before the kernel (else uninitialised). Returns the outputs.
         Raises ArgumentError for wrong counts or types and what dispatch_kernel raises.
         """
         if len(arguments) != len(self.inputs):
@@ -110,7 +105,10 @@ class InlineKernel:
                 f"{len(output_dtypes)} dtypes"
             )
         home = next((a.device for a in arguments if isinstance(a, torch.Tensor)), None)
-        home = torch.device(str(device)) if device is not None else home or torch.device("cpu")
+        try:
+            home = torch.device(str(device)) if device is not None else home or torch.device("cpu")
+        except RuntimeError as error:
+            raise ArgumentError(f"device: {error}") from None
         text = self.signature(arguments, output_dtypes, template or {})
         library = self._libraries.get((text, str(home)))
         if library is None:
@@ -144,6 +142,23 @@ def _msl_type(name: str, dtype: torch.dtype) -> str:
     if dtype not in _MSL_TYPES:
         raise ArgumentError(f"{name}: Metal has no type for {dtype}")
     return _MSL_TYPES[dtype]
+
+
+def _template(key: str, value: Any) -> str:
+    """The declaration of a template value."""
+    if isinstance(value, torch.dtype):
+        return f"typedef {_msl_type(key, value)} {key};"
+    if isinstance(value, bool):
+        return f"constant bool {key} = {str(value).lower()};"
+    if isinstance(value, int) and -(2**63) < value < 2**63:
+        wide = not -(2**31) <= value < 2**31
+        return f"constant {'long' if wide else 'int'} {key} = {int(value)}{'l' * wide};"
+    if isinstance(value, float):
+        if math.isfinite(value) and abs(value) <= torch.finfo(torch.float32).max:
+            return f"constant float {key} = {float(value)!r}f;"
+        if not math.isfinite(value):
+            return f"constant float {key} = {'NAN' if value != value else 'INFINITY' if value > 0 else '-INFINITY'};"
+    raise ArgumentError(f"template {key}: takes a dtype, bool, 64-bit int or 32-bit float, not {value!r}")
 
 
 def metal_kernel(

@@ -51,7 +51,8 @@ def _found(path: Path) -> Path:
     for place in places:
         if place.is_file():
             return place
-    raise ArgumentError(f"source: no file '{path}' (looked in {' and '.join(str(p.absolute().parent) for p in places)})")
+    looked = " and ".join(str(p.absolute().parent) for p in places)
+    raise ArgumentError(f"source: no file '{path}' (looked in {looked})")
 
 
 class MetalKernelLibrary:

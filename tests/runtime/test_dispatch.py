@@ -126,7 +126,9 @@ def test_indices_are_metals_and_may_leave_gaps(library: MetalKernelLibrary, devi
     assert not y[5:].any()
     with pytest.raises(ArgumentError, match=r"takes 5 arguments by buffer index, got 3: y \(4\), x \(1\), n \(2\)"):
         run(library, "gaps", [x, y, 5])
-    with pytest.raises(ArgumentError, match=r"args\[3\]: kernel 'gaps' has no argument with buffer index 3; it takes y"):
+    with pytest.raises(
+        ArgumentError, match=r"args\[3\]: kernel 'gaps' has no argument with buffer index 3; it takes y"
+    ):
         run(library, "gaps", [None, x, 5, x, y])
     with pytest.raises(ArgumentError, match="x: is None, but kernel 'gaps' uses it"):
         run(library, "gaps", [None, None, 5, None, y])

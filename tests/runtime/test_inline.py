@@ -79,6 +79,20 @@ def test_numbers_templates_and_headers(device: str) -> None:
     assert y.tolist() == [1] * 8
 
 
+def test_template_numbers_keep_their_value(device: str) -> None:
+    body = "y[0] = F; y[1] = float(N >> 30); y[2] = float(sizeof(N)); y[3] = float(sizeof(M)); y[4] = M; y[5] = I;"
+    kernel = metal_kernel("numbers", body, [], ["y"])
+    template = {"F": 0.1, "N": -(2**40), "M": -7, "I": float("-inf")}
+    options: dict[str, Any] = {"grid": 1, "threadgroup": 1, "output_shapes": [(6,)], "output_dtypes": [torch.float32]}
+    (y,) = kernel(template=template, device=device, **options)
+    assert torch.equal(y.cpu(), torch.tensor([0.1, -1024, 8, 4, -7, float("-inf")]))
+    for wrong in (2**63, 1e39, "int", None, (1, 2)):
+        with pytest.raises(ArgumentError, match="template N: takes a dtype, bool, 64-bit int or 32-bit float, not"):
+            kernel(template={**template, "N": wrong}, device=device, **options)
+    with pytest.raises(ArgumentError, match=r"device: .*abacus"):
+        kernel(template=template, device="abacus", **options)
+
+
 def test_what_outputs_hold_before(device: str) -> None:
     body = "uint i = thread_position_in_grid.x; if (i % 2) y[i] = 1;"
     odd = metal_kernel("odd", body, [], ["y"])

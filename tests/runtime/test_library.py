@@ -174,6 +174,8 @@ def test_errors_carry_the_line_of_a_text(cache: RowCache, compiler: Compiler, te
     made = MetalKernelLibrary("\n\n" + text, device="cpu", cache=cache)
     with pytest.raises(MetalCompileError) as caught:
         made.compile("fill")
+    lines = [line.strip().partition(": ")[2] for line in str(caught.value).splitlines()]
+    assert not [line for line in lines[1:] if line and line in lines[0]]  # said once
     message = str(caught.value).splitlines()[0]
     assert where in message, message
     assert what in message, message
@@ -233,6 +235,61 @@ def test_unknown_function_constants(cache: RowCache, compiler: Compiler) -> None
         MetalKernelLibrary(text, device="cpu", constants={"m": 1}, cache=cache).compile("fill")
 
 
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        ("int", 1.5, r"'n': 1\.5 does not fit int \(-2147483648 to 2147483647\)"),
+        ("uchar", 300, r"'n': 300 does not fit uchar \(0 to 255\)"),
+        ("metal::uint", -1, "'n': -1 does not fit uint"),
+        ("uint16_t", 2**16, "'n': 65536 does not fit uint16_t"),
+        ("unsigned int", 2**32, "'n': 4294967296 does not fit unsigned int"),
+        ("bool", 2, r"'n': 2 does not fit bool \(0 to 1\)"),
+        ("int", "3", "'n': '3' does not fit int"),
+        ("float", 1e300, r"'n': 1e\+300 does not fit float"),
+        ("half", 70000, "'n': 70000 does not fit half"),
+        ("float2", (1, 1e39), r"'n': 1e\+39 does not fit float"),
+        ("int2", (1, 2, 3), r"'n': int2 takes 2 numbers, got \(1, 2, 3\)"),
+    ],
+)
+def test_function_constants_that_do_not_fit(
+    cache: RowCache, compiler: Compiler, kind: str, value: object, message: str
+) -> None:
+    text = f"#include <metal_stdlib>\nconstant {kind} n [[function_constant(4)]];\n" + GOOD
+    with pytest.raises(ArgumentError, match=message):
+        MetalKernelLibrary(text, device="cpu", constants={"n": value}, cache=cache).compile("fill")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "want"),
+    [("int", 2.0, 2), ("int", True, 1), ("bool", 1, 1), ("float", 3, 3), ("uint", 2**32 - 1, 2.0**32),
+     ("long", -(2**63), -(2.0**63)), ("ulong", 2**63, 2.0**63), ("half", 0.5, 0.5), ("short", -7, -7)],
+)  # fmt: skip
+def test_function_constants_that_fit(
+    cache: RowCache, compiler: Compiler, kind: str, value: object, want: float
+) -> None:
+    text = f"constant {kind} n [[function_constant(4)]];\n" + GOOD.replace("3", "n")
+    assert fill(MetalKernelLibrary(text, device="cpu", constants={4: value}, cache=cache)) == [want] * 5
+
+
+def test_a_function_constant_given_twice(cache: RowCache, compiler: Compiler) -> None:
+    text = "constant int n [[function_constant(4)]];\n" + GOOD
+    with pytest.raises(ArgumentError, match="'n' is given twice, by name and by index 4"):
+        MetalKernelLibrary(text, device="cpu", constants={"n": 1, 4: 2}, cache=cache).compile("fill")
+
+
+def test_standard_headers_that_are_not_here(tmp_path: Path, cache: RowCache, compiler: Compiler) -> None:
+    source = tmp_path / "k.metal"
+    source.write_text("#include <metal_stdlib>\n#include <metal_numeric>\n" + GOOD)
+    with pytest.raises(MetalCompileError, match=r"k\.metal:2: standard header <metal_numeric> is not supported here"):
+        MetalKernelLibrary(source, device="cpu", cache=cache).compile("fill")
+    assert "#include <metal_numeric>" in MetalKernelLibrary(source, device="cpu", cache=cache).units[0].source
+    source.write_text("#include <metal_stdlib>\n#if __METAL_VERSION__ >= 400\n#include <metal_tensor>\n#endif\n" + GOOD)
+    assert fill(MetalKernelLibrary(source, device="cpu", cache=cache)) == [3] * 5
+    source.write_text(source.read_text().replace("400", "300"))
+    with pytest.raises(MetalCompileError, match=r"k\.metal:3.*'metal_tensor' file not found"):
+        MetalKernelLibrary(source, device="cpu", cache=cache).compile("fill")
+
+
 # --- devices
 
 
@@ -288,6 +345,22 @@ def test_device_indices() -> None:
 @pytest.mark.parametrize("text", ["cpu:x86-64-v2", "cuda:90", "cuda:sm_9", "gpu", "cpu:"])
 def test_targets_that_do_not_exist(text: str) -> None:
     with pytest.raises(ArgumentError, match="expected cpu, cpu:<level>"):
+        Target.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cuda:sm_52", "sm_80 is the oldest"),
+        ("cuda:sm_70", "sm_80 is the oldest"),
+        ("cpu:x86-64-v3+bogus", "x86-64-v3 has no feature 'bogus'; known: aes, "),
+        ("cpu:x86-64-v3+f16c+bf16", "x86-64-v3 has no feature 'bf16'"),
+        ("cpu:x86-64-v3+", "x86-64-v3 has no feature ''"),
+        ("cpu:aarch64+f16c", "aarch64 has no feature 'f16c'"),
+    ],
+)
+def test_targets_that_no_kernel_runs_on(text: str, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
         Target.parse(text)
 
 
