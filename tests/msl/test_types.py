@@ -1,6 +1,5 @@
 """Scalar types, conversions, packed vectors, type traits, limits, arrays."""
 
-
 from __future__ import annotations
 
 import math

@@ -1,6 +1,5 @@
 """Vectors: constructors, casts, swizzles, operators, bool vectors; a case for each of clang's known traps."""
 
-
 from __future__ import annotations
 
 import math

@@ -469,6 +469,21 @@ def test_threadgroup_memory_that_is_refused(
         run(library, "reversed", [x, x.clone()], 64, 64, threadgroup_memory=memory)
 
 
+def test_threadgroup_memory_has_a_limit_on_the_cpu() -> None:
+    library = MetalKernelLibrary(SOURCE, device="cpu", constants={"with_bias": False})
+    x = torch.arange(64.0)
+    y, own = torch.zeros(64), 64 * 4
+    memory = {"a": 256, "b": 256, "pad": 2**18 - own - 512}
+    run(library, "reversed", [x, y], 64, 64, threadgroup_memory=memory)
+    assert torch.equal(y, x.flip(0))
+    message = (
+        r"threadgroup_memory: kernel 'reversed' needs 2621\d\d bytes with its own variables; the limit is 262144 on"
+    )
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match=message):
+            run(library, "reversed", [x, y], 64, 64, threadgroup_memory={**memory, "pad": memory["pad"] + 16})
+
+
 # --- several threads at once
 
 

@@ -412,6 +412,14 @@ def test_one_lane_takes_threadgroups_of_one_thread(cache: RowCache, compiler: Co
         dispatch_kernel(made, "fill", threads=64, threads_per_threadgroup=32, args=[y])
 
 
+def test_the_op_is_a_public_name() -> None:
+    import metal_marlin
+    from metal_marlin.ops.linear_decode import linear_decode
+
+    assert metal_marlin.linear_decode is linear_decode
+    assert all(getattr(metal_marlin, name) for name in metal_marlin.__all__)
+
+
 def test_the_flat_source_of_what_ships() -> None:
     for path in library.source_files():
         flat = get_shader_source(path.stem)
