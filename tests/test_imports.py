@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PUBLIC = "MetalKernelLibrary, dispatch_kernel, get_shader_source, metal_kernel, mps_tensor_to_metal_buffer, linear_decode"
+PUBLIC = (
+    "MetalKernelLibrary, dispatch_kernel, get_shader_source, metal_kernel, mps_tensor_to_metal_buffer, linear_decode"
+)
 IMPORT_RATIO = 1.3  # the aim; the test allows for a busy machine
 
 

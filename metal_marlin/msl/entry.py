@@ -18,6 +18,7 @@ from metal_marlin.msl.row import FieldMeta, ParamMeta, TypeMeta
 
 _MAGIC = (0x6D6D7479, 0x70657331, 0x2D6D6D31, 0x726F7773)
 _KINDS = ("struct", "u", "i", "f", "bf", "b")
+_QUIET = '#pragma clang diagnostic ignored "-Winvalid-offsetof"'  # structs with bases have offsets too
 _ARENA = b"MM_ARENA"
 
 
@@ -27,7 +28,7 @@ def entry_text(kernel: Kernel, program: Program, target: str, *, by_pointer: Ite
     `by_pointer` names `constant T&` parameters that are bound to device memory instead of being passed by value
     (CUDA only; on the CPU every argument is an address).
     """
-    lines = ["", '# 1 "<entry>"', "#undef constant", f"typedef decltype(::{kernel.callee}) mm_function;"]
+    lines = ["", '# 1 "<entry>"', "#undef constant", _QUIET, f"typedef decltype(::{kernel.callee}) mm_function;"]
     lines.append(_type_table(kernel, program))
     build = _cpu_entry if target == "cpu" else _cuda_entry
     return renamed("\n".join([*lines, *build(kernel, frozenset(by_pointer)), ""]))

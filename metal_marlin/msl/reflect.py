@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from metal_marlin.errors import MetalCompileError
 from metal_marlin.msl.lexer import Source
-from metal_marlin.msl.structs import fields, flatten, members
+from metal_marlin.msl.structs import Field, describe, flatten, inherit, outer
 
 # every compute-kernel position attribute of the Metal Shading Language specification (section 5.2.3.6)
 POSITIONS = frozenset(
@@ -21,6 +22,9 @@ POSITIONS = frozenset(
     thread_index_in_threadgroup thread_position_in_grid thread_position_in_threadgroup threadgroup_position_in_grid
     threadgroups_per_grid threads_per_grid threads_per_simdgroup threads_per_threadgroup""".split()
 )
+
+
+BUFFERS = 31
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class Reflection:
         self.source = source
         self.definitions: dict[str, Definition] = {}
         self.erased: list[tuple[int, int]] = []  # token ranges, to be removed
-        self._structs: dict[str, list[tuple[str, str]]] = {}
+        self._structs: dict[str, list[Field] | None] = {}
         self._constants: list[FunctionConstant] = []
         self._kernels: dict[str, Kernel] = {}
         self._rows: list[tuple[str, str, str, int]] = []  # host name, function, arguments, token
@@ -178,6 +182,8 @@ class Reflection:
         head = next((src.at(j) for j in range(first, last) if src.at(j) in "({"), "")
         if body is None and head == "{" and words & {"struct", "class", "union"}:
             self._struct(first, last)
+        elif body is None and src.at(first) in ("using", "typedef"):
+            self._alias(first, last)
         elif "kernel" in words or "host_name" in words:
             if body is not None:
                 self._definition(first, body, scope)
@@ -279,10 +285,17 @@ class Reflection:
         plain = [j for j in range(a, b) if not any(s <= j <= e for s, e in self._attribute_spans(a, b))]
         stop = next((k for k, j in enumerate(plain) if src.at(j) == "="), len(plain))
         plain = plain[:stop]
+        texts = [src.at(j) for j in plain]
+        bounds = ""
+        if "(" in texts and texts[texts.index("(") + 1] == "&" and texts[-1] == "]":  # T (&name)[N]
+            k = texts.index("(")
+            bounds = " ".join(texts[k + 4 :]) + " & "
+            plain = [*plain[:k], plain[k + 2]]
         if len(plain) < 2 or not src.is_name(plain[-1]):
             raise MetalCompileError(f"{src.where(a)}: cannot read kernel parameter '{src.slice(a, b)}'")
-        name, type_text = src.at(plain[-1]), " ".join(src.at(j) for j in plain[:-1])
+        name, type_text = src.at(plain[-1]), (" ".join(src.at(j) for j in plain[:-1]) + " " + bounds).strip()
         words = type_text.split()
+        _check_attributes(attributes, src.where(a))
         position = next((k for k in attributes if k in POSITIONS), "")
         if position:
             return Param(name, "position", type_text, position=position), None
@@ -298,7 +311,7 @@ class Reflection:
         pointee = words[: len(words) - 1 - words[::-1].index("*" if "*" in words else "&")]
         const = "constant" in words or "const" in pointee
         role = "value" if "constant" in words and "*" not in words else "buffer"
-        struct = next((w for w in pointee if w in self._structs), "")
+        struct = next((w for w in pointee[: outer(pointee)] if w in self._structs), "")
         return Param(name, role, type_text, const, -1, "", condition, struct), slot
 
     def _attribute_spans(self, a: int, b: int) -> list[tuple[int, int]]:
@@ -319,13 +332,30 @@ class Reflection:
         i = next((j for j in range(first, last) if src.at(j) == "{"), None)
         if i is None:
             return
+        if src.at(first) == "template":  # whose parameters may say `class`
+            first = src.close_angle(first + 1) or first
         key = next(j for j in range(first, i) if src.at(j) in ("struct", "class", "union"))
         name = next((src.at(j) for j in range(key + 1, i) if src.is_name(j) and src.at(j) not in ("alignas",)), "")
         if src.at(first) == "typedef" and src.is_name(last - 2):
             name = src.at(last - 2)
-        found = [f for a, b in members(src, i + 1, src.match[i]) for f in fields(src, a, b)]
+        found = describe(src, i + 1, src.match[i], self._structs) if src.at(key) != "union" else None
+        colon = next((j for j in range(key, i) if src.at(j) == ":"), i)
+        if colon < i:
+            found = inherit([src.at(b - 1) for _, b in src.split(colon + 1, i)], found, self._structs)
+        if any(src.at(j) == "<" for j in range(key, colon)):  # a specialization: offsets depend on the arguments
+            found = None
         if name:
             self._structs[name] = found
+
+    def _alias(self, first: int, last: int) -> None:
+        src, using = self.source, self.source.at(first) == "using"
+        if using and src.at(first + 2) != "=":
+            return
+        a, b = (first + 3, last - 1) if using else (first + 1, last - 2)
+        words = [src.at(j) for j in range(a, b)]
+        target = next((w for w in words[: words.index("<") if "<" in words else None] if w in self._structs), "")
+        if target and not {"*", "&", "[", "("} & set(words) and src.is_name(last - 2 if not using else first + 1):
+            self._structs[src.at(first + 1 if using else last - 2)] = self._structs[target]
 
 
 def _unquoted(text: str) -> str:
@@ -338,6 +368,14 @@ def _integer(text: str | None) -> int | None:
     return int(text, 0) if re.fullmatch(r"0[xX][0-9a-fA-F]+|\d+", text) else None
 
 
+def _check_attributes(attributes: dict[str, str], where: str) -> None:
+    known = POSITIONS | {"buffer", "threadgroup", "function_constant"}
+    for name in attributes.keys() - known:
+        near = get_close_matches(name, known, 1, 0.75)
+        if near:
+            raise MetalCompileError(f"{where}: unknown attribute '[[{name}]]'; did you mean '[[{near[0]}]]'?")
+
+
 def _number(params: list[tuple[Param, int | None]], where: str) -> list[Param]:
     """Give explicit indices first and the lowest free ones to the rest, as Metal does."""
     out: list[Param] = []
@@ -346,6 +384,10 @@ def _number(params: list[tuple[Param, int | None]], where: str) -> list[Param]:
         if param.role == "position" or slot is None:
             continue
         key = (param.role == "threadgroup", slot)
+        if slot >= BUFFERS and not key[0]:
+            raise MetalCompileError(
+                f"{where}: '{param.name}' has buffer index {slot}; Metal has {BUFFERS} buffers, 0 to {BUFFERS - 1}"
+            )
         if key in taken:
             raise MetalCompileError(f"{where}: parameters '{taken[key]}' and '{param.name}' share index {slot}")
         taken[key] = param.name

@@ -118,7 +118,7 @@ class _Rewriter:
                 if closed is None:
                     break
                 j = closed
-            elif text in ("*", "&") or text in (">", ",", ")"):
+            elif text in ("*", "&", ">", ",", ")") or (text == "(" and src.at(j + 1) in ("*", "&")):
                 self._span(i, i + 1, "const __generic")
                 return
             elif text in ("=", "[", "{", ";", "("):

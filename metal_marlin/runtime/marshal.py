@@ -77,9 +77,18 @@ def pack_type(kind: TypeMeta, value: Any, what: str) -> bytes:
         return bytes(value)
     if kind.kind == "struct" or (count == 1 and not isinstance(value, Sequence)):
         return _scalar(kind, value, what)
-    if not isinstance(value, Sequence) or len(value) != count:
+    numbers = _numbers(value) if isinstance(value, Sequence) else []
+    if len(numbers) != count:
         raise ArgumentError(f"{what}: needs {count} numbers, got {value!r}")
-    return b"".join(_scalar(kind, v, what) for v in value).ljust(kind.size, b"\0")
+    return b"".join(_scalar(kind, v, what) for v in numbers).ljust(kind.size, b"\0")
+
+
+def _numbers(value: Sequence[Any]) -> list[Any]:
+    """The leaves of nested sequences."""
+    if isinstance(value, str):
+        return [value]
+    nested = (_numbers(v) if isinstance(v, Sequence) and not isinstance(v, str) else [v] for v in value)
+    return [n for part in nested for n in part]
 
 
 def pack_value(param: ParamMeta, value: Any) -> bytes:
@@ -109,7 +118,12 @@ def pack_value(param: ParamMeta, value: Any) -> bytes:
 def _flatten(value: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
     out: list[tuple[str, Any]] = []
     for name, item in value.items():
-        out += _flatten(item, f"{prefix}{name}.") if isinstance(item, Mapping) else [(prefix + name, item)]
+        if isinstance(item, Mapping):
+            out += _flatten(item, f"{prefix}{name}.")
+        elif isinstance(item, Sequence) and item and all(isinstance(v, Mapping) for v in item):
+            out += [pair for k, v in enumerate(item) for pair in _flatten(v, f"{prefix}{name}[{k}].")]
+        else:
+            out.append((prefix + name, item))
     return out
 
 

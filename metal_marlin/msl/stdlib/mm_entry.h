@@ -46,7 +46,9 @@ MM_KIND(unsigned long long, mm_unsigned) MM_KIND(char, mm_signed) MM_KIND(signed
 MM_KIND(short, mm_signed) MM_KIND(int, mm_signed) MM_KIND(long, mm_signed) MM_KIND(long long, mm_signed)
 MM_KIND(half, mm_float) MM_KIND(float, mm_float) MM_KIND(bfloat, mm_bfloat) MM_KIND(bool, mm_bool)
 #undef MM_KIND
-template <class T> struct mm_element { typedef metal::_elem<T> type; };
+template <class T, bool = __is_enum(T)> struct mm_scalar { typedef metal::_elem<T> type; };
+template <class T> struct mm_scalar<T, true> { typedef __underlying_type(T) type; };
+template <class T> struct mm_element : mm_scalar<T> {};
 template <class T, int N> struct mm_element<T[N]> : mm_element<T> {};
 #define MM_TYPE_ROW(T) \
   mm_kind<typename mm_element<T>::type>::value, (int)sizeof(typename mm_element<T>::type) * 8, metal::_components<T>, \
