@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from metal_marlin.msl.clang import Compiler
 
 # Tests keep their compiled rows in the checkout: private to it, and warm for the next run. Keys hold the content of
 # everything that went into a row, so an old entry can never be taken for a new one.
@@ -36,3 +42,45 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     reason = _no_cuda() if gpu else None
     for item in gpu if reason is not None else ():
         item.add_marker(pytest.mark.skip(reason=f"no CUDA device: {reason}"))
+
+
+@pytest.fixture
+def compiler() -> Compiler:
+    """For tests of what only a compiler can tell; skipped on a machine without one."""
+    from metal_marlin.errors import CompilerNotFound
+    from metal_marlin.msl.clang import find_compiler
+
+    try:
+        return find_compiler()
+    except CompilerNotFound as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True)
+def precompile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `--precompile TARGET=DIR` every row that a test loads on the CPU is compiled for TARGET into DIR as well: the
+    same tests then find their rows on a machine without a compiler. (The `msl` fixture and `metal-marlin compile` do
+    this for the conformance tests and the shipped kernels.)"""
+    option = request.config.getoption("--precompile")
+    if not option or request.path.parent.name not in ("runtime", "formats"):
+        return
+    from metal_marlin.msl.target import Target
+    from metal_marlin.runtime.cache import RowCache
+    from metal_marlin.runtime.library import MetalKernelLibrary
+
+    target, _, folder = option.partition("=")
+    load = MetalKernelLibrary.load
+
+    def load_and_compile(self: MetalKernelLibrary, name: str, *args: object, **options: object) -> object:
+        found = load(self, name, *args, **options)  # type: ignore[arg-type]
+        if self.target.kind != "cpu" or self.compiler is None:
+            return found
+        twin = copy.copy(self)
+        twin.target, twin._cache, twin._loaded, twin._owner = Target.parse(target), RowCache(folder), {}, {}
+        values = [p.name for p in twin.kernel(name).bound if p.role == "value"][:2]
+        pointers = [c for n in range(len(values) + 1) for c in itertools.combinations(values, n)]
+        for tails, by_pointer in itertools.product((False, True), pointers):
+            twin.compile(name, tails=tails, by_pointer=by_pointer)
+        return found
+
+    monkeypatch.setattr(MetalKernelLibrary, "load", load_and_compile)

@@ -13,8 +13,6 @@ import pytest
 import torch
 
 from metal_marlin import MetalKernelLibrary, dispatch_kernel
-from metal_marlin.errors import CompilerNotFound
-from metal_marlin.msl.clang import Compiler, find_compiler
 from metal_marlin.msl.target import Target
 from metal_marlin.runtime.cache import RowCache
 from metal_marlin.runtime.dispatch import Grid
@@ -54,15 +52,6 @@ def msl(request: pytest.FixtureRequest) -> Run:
 
     run.backend = backend  # type: ignore[attr-defined]
     return run
-
-
-@pytest.fixture
-def compiler() -> Compiler:
-    """A machine without a compiler cannot check what it refuses."""
-    try:
-        return find_compiler()
-    except CompilerNotFound as error:
-        pytest.skip(str(error))
 
 
 def _precompile(option: str, source: str, kernel: str, args: dict[str, Any], launch: dict[str, Any]) -> None:
