@@ -53,31 +53,22 @@ _CPU_MATHS = (
 )
 
 
+def _cc1(*words: str) -> tuple[str, ...]:
+    """Words for the compiler behind clang's driver."""
+    return tuple(w for word in words for w in ("-Xclang", word))
+
+
 def flags(target: Target) -> tuple[str, ...]:
     """Compiler flags of a target; part of every cache key."""
     if target.kind == "metal":  # only to expand macros
         return _LANGUAGE
     if target.kind == "cuda":
-        arch = (
-            "-Xclang",
-            "-target-cpu",
-            "-Xclang",
-            target.arch,
-            "-Xclang",
-            "-target-feature",
-            "-Xclang",
-            "+ptx80",
-        )
-        short = (
-            "-Xclang",
-            "-fcuda-short-ptr",
-            "-mllvm",
-            "-nvptx-short-ptr",
-        )  # threadgroup addresses in 32 bits
+        arch = _cc1("-target-cpu", target.arch, "-target-feature", "+ptx80")
+        short = (*_cc1("-fcuda-short-ptr"), "-mllvm", "-nvptx-short-ptr")  # threadgroup addresses in 32 bits
         return (*_COMMON, "-target", "nvptx64-nvidia-cuda", *arch, *short, "-O3")
     machine = "aarch64" if target.arch == "aarch64" else "x86_64"
-    level = () if target.arch == "aarch64" else ("-Xclang", "-target-cpu", "-Xclang", target.arch)
-    features = tuple(w for f in target.features for w in ("-Xclang", "-target-feature", "-Xclang", f))
+    level = () if target.arch == "aarch64" else _cc1("-target-cpu", target.arch)
+    features = tuple(w for f in target.features for w in _cc1("-target-feature", f))
     vectors = ("-mprefer-vector-width=512",) if target.arch == "x86-64-v4" else ()
     return (
         *(*_COMMON, "-target", f"{machine}-linux-gnu", *level, *features, *vectors),

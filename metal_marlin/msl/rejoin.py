@@ -34,21 +34,29 @@ class _Marker:
     def __init__(self, source: Source, edits: Edits) -> None:
         self.src = source
         self.edits = edits
+        self.functions = self._functions()
         self.calls, self.divergent = self._find_calls()
 
     def run(self) -> None:
         if not self.calls:
             return
-        self._number_calls()
-        for i in range(len(self.src)):
-            if self.src.at(i) in ("for", "while") and self.src.at(i + 1) == "(" and not self._ends_do(i):
-                self._loop(i)
-            elif self.src.at(i) == "do":
+        loops = self._loops()
+        self._number_calls(loops)
+        for i in loops:
+            if self.src.at(i) == "do":
                 self._do(i)
+            else:
+                self._loop(i)
+
+    def _loops(self) -> list[int]:
+        """The `for`, `while` and `do` of every loop."""
+        src = self.src
+        ends = {self._end(i + 1) for i in range(len(src)) if src.at(i) == "do"}  # each at the `while` of its `do`
+        return [i for i in range(len(src)) if src.at(i) in ("for", "while", "do") and i not in ends]
 
     def _find_calls(self) -> tuple[list[int], set[int]]:
         """Tokens that call a collective, and those of them that call a function with a collective behind a branch."""
-        src, functions = self.src, self._functions()
+        src, functions = self.src, self.functions
         names: dict[str, bool] = {}
         calls: list[int] = []
         while True:  # functions that call functions that …
@@ -79,17 +87,15 @@ class _Marker:
             return True
         return (src.is_name(i - 1) and src.at(i - 1) not in _BEFORE_CALL) or src.at(i - 1) == "~"
 
-    def _number_calls(self) -> None:
+    def _number_calls(self, loops: list[int]) -> None:
         src, tokens = self.src, self.src.tokens
-        bodies = self._functions()
         marked: set[int] = set()
-        loops = [i for i in range(len(src)) if src.at(i) in ("for", "while", "do") and not self._ends_do(i)]
         # a loop's meeting stands at its end, an inner loop's before the outer one's
         events = sorted([(i, 1, 0) for i in self.calls] + [(self._last(i), 0, -i) for i in loops])
         self.numbers = {event: number for number, event in enumerate(events, 1)}
         for i in self.calls:
             number = self.numbers[(i, 1, 0)]
-            body = max((first for _, first, last in bodies if first < i < last), default=None)
+            body = max((first for _, first, last in self.functions if first < i < last), default=None)
             if body is None:
                 continue
             marked.add(body)
@@ -99,7 +105,6 @@ class _Marker:
             self.edits.insert(tokens[src.match[end]].end, ")")
         for body in marked:
             self.edits.insert(tokens[body].end, " const ulong mm_call = ::metal::_enter(); ")
-        self.bodies = bodies
 
     def _start(self, i: int) -> int:
         """First token of the postfix expression that calls the name at i: `a.b[1].f`, `N::T<2>::template f`."""
@@ -151,16 +156,12 @@ class _Marker:
             i = src.match[i] + 1 if src.at(i) in ("(", "[", "{") else i + 1
         return i + 1
 
-    def _ends_do(self, i: int) -> bool:
-        """Whether the `while` at i belongs to a `do`."""
-        return any(self._end(j + 1) == i for j in range(i) if self.src.at(j) == "do")
-
     def _last(self, i: int) -> int:
         """The token before which the loop at i meets: behind its body, or the `while` of a `do`."""
         return self._end(i + 1) if self.src.at(i) == "do" else self._end(self.src.match[i + 1] + 1)
 
     def _meeting(self, loop: int) -> str:
-        if not any(first < loop < end for _, first, end in self.bodies):
+        if not any(first < loop < end for _, first, end in self.functions):
             return "::metal::_rejoin()"
         return f"::metal::_at(mm_call, {self.numbers[(self._last(loop), 0, -loop)]}), ::metal::_rejoin()"
 
