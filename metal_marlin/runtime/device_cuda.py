@@ -176,9 +176,14 @@ class Executable:
         except IndexError:
             slot = plan.new_slot()
         self._pack(slot.params, 0, *values)
-        _put_stream(slot.config, _STREAM_AT, self._current_stream(self._index))
         driver = self._driver
-        if self._current_device() == self._index and getattr(driver.thread, "bound", False):
+        try:
+            _put_stream(slot.config, _STREAM_AT, self._current_stream(self._index))
+            here = self._current_device() == self._index
+        except RuntimeError:  # torch's words for a forked child; ours say what to do
+            driver.refuse_fork()
+            raise
+        if here and getattr(driver.thread, "bound", False):
             status = driver.launch(slot.config_at, plan.function, slot.pointers_at, None)
         else:
             status = self._launch_elsewhere(plan, slot)

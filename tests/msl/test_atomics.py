@@ -125,8 +125,9 @@ def test_exchange(msl: Run, space: str, msl_type: str) -> None:
     T right = T(1);
     while (!atomic_compare_exchange_weak_explicit(&a[2], &right, T(0), memory_order_relaxed, memory_order_relaxed)) {}
     r[3] = right;"""
-    last, r = one_thread(msl, msl_type, space, [1, 1, 1], body, 4)
-    assert (last, r) == ([0, 1, 0], [1, 0, 1, 1])
+    # Four of them: NVIDIA exchanges a byte within its word of four, which memcheck wants inside the buffer.
+    last, r = one_thread(msl, msl_type, space, [1, 1, 1, 1], body, 4)
+    assert (last, r) == ([0, 1, 0, 1], [1, 0, 1, 1])
 
 
 @pytest.mark.lane_agnostic
