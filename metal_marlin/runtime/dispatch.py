@@ -11,6 +11,7 @@ import torch
 
 from metal_marlin.errors import ArgumentError
 from metal_marlin.msl.row import ParamMeta
+from metal_marlin.runtime import counters
 from metal_marlin.runtime.marshal import accepted_dtypes, check_tensor, pack_type, pack_value, scalar_packer
 from metal_marlin.runtime.profiling import launch_traced
 
@@ -139,6 +140,7 @@ class Binding:
     def __init__(self, library: MetalKernelLibrary, name: str) -> None:
         self.library = library
         self.name = name
+        self.count = counters.of(name).tick
         self.meta, executable = library.load(name)
         self.tensors = getattr(executable, "takes_tensors", False)
         self.slots = [_Slot(p, not self.tensors) for p in self.meta.params]
@@ -197,6 +199,7 @@ class Binding:
         executable = self._ready.get((grid, pointers)) or self._prepare(grid, pointers)
         if 0 not in grid.groups:
             launch_traced(self.name, executable.launch, bound, grid.groups, grid.tptg, grid.threads, dynamic)
+            self.count()
 
     def _prepare(self, grid: Grid, pointers: tuple[str, ...]) -> Any:
         """The executable for a launch shape, which is checked against the kernel's and the device's limits."""
