@@ -1,3 +1,27 @@
 """Quantisation formats: one codec a format, twin of the policy struct in ``src/formats``."""
 
+from __future__ import annotations
+
+from metal_marlin.errors import ArgumentError
+from metal_marlin.formats.codec import Codec, Encoded
+from metal_marlin.formats.fp4 import FP4
+from metal_marlin.formats.fp8_e4m3 import FP8_E4M3
+from metal_marlin.formats.fp8_e5m2 import FP8_E5M2
+from metal_marlin.formats.int4 import INT4
+from metal_marlin.formats.int8 import INT8
+from metal_marlin.formats.mxfp4 import MXFP4
+from metal_marlin.formats.nvfp4 import NVFP4
+from metal_marlin.formats.uint8 import UINT8
+
+__all__ = ["CANONICAL", "CODECS", "Codec", "Encoded", "codec"]
+
 CANONICAL = "canonical"  # layout tag of what files hold: row-per-output, little-endian, least significant code first
+CODECS: dict[str, Codec] = {c.name: c for c in (FP4, MXFP4, NVFP4, INT4, INT8, UINT8, FP8_E4M3, FP8_E5M2)}
+
+
+def codec(name: str) -> Codec:
+    """The codec of a format. Raises ArgumentError with the known names."""
+    found = CODECS.get(name)
+    if found is None:
+        raise ArgumentError(f"format = {name!r}; there are {', '.join(CODECS)}")
+    return found
