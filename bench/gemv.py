@@ -1,10 +1,12 @@
-"""Matrix-vector products with quantised weights: GB/s of weights (codes and scales), every reading from memory.
+"""Matrix-vector products with quantised weights: GB/s of weights (codes, scales, zeros), every reading from memory.
 
-    python bench/gemv.py [--device cuda] [--dtype half bf16 f32] [--tokens 1 8] [--group 128]
+    python bench/gemv.py [--device cuda] [--format fp4 int4:point int8] [--dtype half bf16 f32] [--scales half]
+                         [--tokens 1 8] [--group 128] [--shapes large smollm2] [--kernel decode_gemv_fp4_wide]
                          [--precompile cuda:sm_90a=DIR]
 
 Correctness comes first, on the data that is timed. Buffers rotate past the last-level cache; on NVIDIA GPUs the
-launches are a CUDA graph's. `dense` is torch with weights in the activations' dtype, for comparison.
+launches are a CUDA graph's. For comparison in the same run: `dense` is torch with weights in the activations' dtype,
+`int4pack` is torch's own int4 product with groups of 128 in bfloat16, its best case.
 --precompile only compiles the kernels used here into DIR, for a machine without a compiler that has
 METAL_MARLIN_ROWS=DIR.
 """
@@ -12,11 +14,14 @@ METAL_MARLIN_ROWS=DIR.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from common import (
     Candidate,
+    Times,
     copy_ceiling,
     graph_times,
     host_times,
@@ -29,7 +34,7 @@ from common import (
 )
 
 from metal_marlin import MetalKernelLibrary
-from metal_marlin.formats import fp4
+from metal_marlin.formats import codec
 from metal_marlin.msl.target import Target
 from metal_marlin.ops.linear_decode import CASES, FAMILY, Case, linear_decode, linear_decode_ref, plan
 from metal_marlin.runtime.cache import RowCache
@@ -38,92 +43,165 @@ DTYPES = {"half": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 LIMITS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
 GOAL_CASE = "1x4096x14336-g128-half"
 GOALS = {"cpu": 18.0, "cuda": 2200.0}  # GB/s; the second on an H100
+PEER_GROUP = 128
 
 
-def precompile(option: str) -> None:
-    """Compile every row of the family for TARGET into DIR."""
+@dataclass(frozen=True)
+class Timed:
+    """Something to time: the call, the bytes it has to read, its error (None where there is none to speak of)."""
+
+    call: Candidate
+    moved: int
+    error: float | None
+
+
+def wanted_cases(options: argparse.Namespace) -> Iterator[Case]:
+    for shape in CASES:
+        if shape.model not in options.shapes:
+            continue
+        for text in options.format:
+            name, _, zeros = text.partition(":")
+            zeros = zeros or codec(name).zero_kinds[0]
+            for dtype in options.dtype or ["half" if shape.model == "large" else "f32"]:
+                scales = DTYPES[options.scales] if options.scales else shape.scale_dtype
+                if scales == DTYPES[dtype]:
+                    scales = None
+                group = options.group or shape.group
+                if codec(name).scale_kind != "float":
+                    scales, group = None, codec(name).groups[0]
+                for tokens in options.tokens:
+                    yield replace(
+                        shape, M=tokens, dtype=DTYPES[dtype], scale_dtype=scales, group=group, format=name, zeros=zeros
+                    )
+
+
+def precompile(option: str, options: argparse.Namespace) -> None:
+    """Compile the rows of the cases for TARGET into DIR."""
     text, _, folder = option.partition("=")
-    library = MetalKernelLibrary(FAMILY, target=Target.parse(text), cache=RowCache(folder))
-    for name in library.kernels:
+    target = Target.parse(text)
+    library = MetalKernelLibrary(FAMILY, target=target, cache=RowCache(folder))
+    for name in sorted({kernel_name(case, target.kind, options.kernel) for case in wanted_cases(options)}):
         library.compile(name)
 
 
+def kernel_name(case: Case, device: str, kernel: str | None = None) -> str:
+    kind = device.partition(":")[0]
+    return plan(case.M, case.N, case.K, case.dtype, case.scales_in, kind, 1, kernel, case.format, case.zeros).kernel
+
+
 def weight_bytes(case: Case) -> int:
-    """Bytes of codes and scales, what a call has to read."""
-    scale = (case.scale_dtype or case.dtype).itemsize
-    return case.N * case.K // 2 + case.N * fp4.groups(case.K, case.group) * scale
+    """Bytes of codes, scales and zeros, what a call has to read."""
+    form = codec(case.format)
+    groups = form.groups_of(case.K, case.group)
+    extra = {"point": case.scales_in.itemsize, "bias": case.scales_in.itemsize, "packed": form.bits / 8}
+    each = case.scales_in.itemsize + extra.get(case.zeros, 0)
+    return int(case.N * (case.K * form.bits / 8 + groups * each))
 
 
-def candidates(case: Case, device: str, sets: int, dense: bool) -> tuple[dict[str, Candidate], float]:
-    """What to time, and the error of ours."""
+def candidates(case: Case, device: str, sets: int, kernel: str | None) -> dict[str, Timed]:
+    """What to time, every result checked."""
     data = [case.tensors(device, seed) for seed in range(sets)]
-    outs = [x.new_full((case.M, case.N), float("nan")) for x, _, _ in data]
+    outs = [x.new_full((case.M, case.N), float("nan")) for x, *_ in data]
 
     def ours(i: int) -> None:
-        x, codes, scales = data[i]
-        linear_decode(x, codes, scales, case.group, out=outs[i])
+        x, codes, scales, extra = data[i]
+        linear_decode(
+            *(x, codes, scales, case.group),
+            format=case.format, zeros=case.zeros, extra=extra, kernel=kernel, out=outs[i],
+        )
 
     error = 0.0
     for i in (0, sets - 1):
         ours(i)
         synchronize(device)
-        wanted = linear_decode_ref(*data[i], case.group)
+        x, codes, scales, extra = data[i]
+        wanted = linear_decode_ref(x, codes, scales, case.group, format=case.format, zeros=case.zeros, extra=extra)
         error = max(error, require_correct(str(case), outs[i], wanted, LIMITS[case.dtype]))
-    found: dict[str, Candidate] = {kernel_name(case, device): ours}
-    if dense:
-        weights = [fp4.decode(codes, scales, case.group, case.dtype) for _, codes, scales in data[:2]]
-        found["dense"] = lambda i: torch.mm(data[i][0], weights[i % 2].T, out=outs[i])
-    return found, error
+    found = {kernel_name(case, device, kernel): Timed(ours, weight_bytes(case), error)}
+    weights = [
+        codec(case.format).decode(codes, scales, extra, case.group, case.zeros, case.dtype)
+        for _, codes, scales, extra in data[:2]
+    ]
+    dense_bytes = case.N * case.K * case.dtype.itemsize
+    found["dense"] = Timed(lambda i: torch.mm(data[i][0], weights[i % 2].T, out=outs[i]), dense_bytes, None)
+    if device.partition(":")[0] in ("cpu", "cuda") and case.K % PEER_GROUP == 0 and case.N % 64 == 0:
+        found["int4pack"] = int4pack(case, device, sets)
+    return found
 
 
-def kernel_name(case: Case, device: str) -> str:
-    kind = device.partition(":")[0]
-    return plan(case.M, case.N, case.K, case.dtype, case.scale_dtype or case.dtype, kind).kernel
+def int4pack(case: Case, device: str, sets: int) -> Timed:
+    """torch's int4 product: bfloat16, w = (q - 8) * scale + zero in groups of 128."""
+    rng = torch.Generator().manual_seed(1)
+    groups = case.K // PEER_GROUP
+    scales = (0.002 + 0.02 * torch.rand(groups, case.N, generator=rng)).bfloat16()
+    q = torch.randint(0, 16, (case.N, case.K), generator=rng, dtype=torch.int32)
+    both = torch.stack([scales, torch.zeros_like(scales)], -1).contiguous().to(device)
+    x = torch.randn(case.M, case.K, generator=rng).bfloat16().to(device)
+    if device == "cpu":
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu
+    else:  # two codes a byte, the first in the upper bits
+        packed = torch.ops.aten._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8).to(device), 8)
+        product = torch.ops.aten._weight_int4pack_mm
+    copies = [packed, *(packed.clone() for _ in range(sets - 1))]
+    W = (q.double() - 8) * scales.double().T.repeat_interleave(PEER_GROUP, 1)
+    wanted = x.cpu().double() @ W.T
+    error = require_correct("int4pack", product(x, copies[-1], PEER_GROUP, both).cpu(), wanted, 2e-2)
+    moved = case.N * case.K // 2 + 4 * case.N * groups
+    return Timed(lambda i: product(x, copies[i], PEER_GROUP, both), moved, error)
 
 
-def measure(case: Case, device: str, ceiling: float) -> list[tuple[str, ...]]:
-    moved = weight_bytes(case)
-    sets = sets_needed(moved, device)
-    gpu = device.startswith("cuda")
-    calls, error = candidates(case, device, sets, dense=True)
-    if gpu:
+def measure(case: Case, device: str, ceiling: float, kernel: str | None) -> list[tuple[str, ...]]:
+    sets = sets_needed(weight_bytes(case), device)
+    found = candidates(case, device, sets, kernel)
+    calls = {name: timed.call for name, timed in found.items()}
+    if device.startswith("cuda"):
         times = graph_times(calls, device, inner=max(64, sets), sets=sets)
     else:
         times = host_times(calls, device, inner=max(sets, 4), rounds=15, sets=sets)
-    rows = []
-    for name, t in times.items():
-        ours = name != "dense"
-        size = moved if ours else case.N * case.K * case.dtype.itemsize
-        save("gemv", str(case), name, t, device, moved=size, ceiling=ceiling, error=error if ours else None)
-        rate = t.gb_per_s(size)
-        goal = GOALS.get(device.partition(":")[0]) if ours and str(case) == GOAL_CASE else None
-        verdict = "" if goal is None else f"{'PASS' if rate >= goal else 'BELOW'} (≥ {goal:g})"
-        figures = (t.median, t.p20, t.p80, rate)
-        shown = f"{error:.1e}" if ours else ""
-        rows.append((device, str(case), name, *(f"{v:.1f}" for v in figures), f"{rate / ceiling:.2f}", shown, verdict))
-    return rows
+    return [row(case, device, name, times, found[name], ceiling) for name in times]
+
+
+def row(case: Case, device: str, name: str, times: dict[str, Times], timed: Timed, ceiling: float) -> tuple[str, ...]:
+    t = times[name]
+    save("gemv", str(case), name, t, device, moved=timed.moved, ceiling=ceiling, error=timed.error)
+    rate = t.gb_per_s(timed.moved)
+    ours = name not in ("dense", "int4pack")
+    goal = GOALS.get(device.partition(":")[0]) if ours and str(case) == GOAL_CASE else None
+    verdict = "" if goal is None else f"{'PASS' if rate >= goal else 'BELOW'} (≥ {goal:g})"
+    if ours and "int4pack" in times:
+        verdict = f"{times['int4pack'].median / t.median:.2f} × int4pack {verdict}"
+    shown = "" if timed.error is None else f"{timed.error:.1e}"
+    figures = (f"{v:.1f}" for v in (t.median, t.p20, t.p80, rate))
+    return (device, str(case), name, *figures, f"{rate / ceiling:.2f}", shown, verdict)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; all that work here by default")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["half"], help="activations and scales")
+    parser.add_argument(
+        "--format", nargs="+", default=["fp4"], help="formats; int4:point, :packed, :bias say the zeros"
+    )
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="activations; by default the shapes' own")
+    parser.add_argument("--scales", choices=DTYPES, help="scales; like the activations, or the shapes' own")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1])
-    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--group", type=int, help="weights a scale; by default the shapes' own")
+    parser.add_argument("--shapes", nargs="+", choices=["large", "smollm2"], default=["large"])
+    parser.add_argument("--kernel", help="a variant, decode_gemv_fp4_wide")
     parser.add_argument("--precompile", metavar="TARGET=DIR", help="only compile for TARGET into DIR")
     options = parser.parse_args()
     if options.precompile:
-        precompile(options.precompile)
+        precompile(options.precompile, options)
         return
     heading = ("device", "case", "candidate", "µs", "p20", "p80", "GB/s", "of copy", "error", "goal")
+    cases = list(wanted_cases(options))
+    if not cases:
+        sys.exit("no case")
     for device in usable_devices(options.device):
         ceiling = copy_ceiling(device)
         rows: list[tuple[str, ...]] = []
-        for shape in (case for case in CASES if case.model):
-            for dtype in options.dtype:
-                for tokens in options.tokens:
-                    case = replace(shape, M=tokens, dtype=DTYPES[dtype], group=options.group)
-                    rows += measure(case, device, ceiling)
+        for case in cases:
+            rows += measure(case, device, ceiling, options.kernel)
         table(f"{device}: copy {ceiling:.0f} GB/s (read and written)", [heading, *rows])
 
 

@@ -1,6 +1,7 @@
 """FP8 E4M3 (OCP "fn"): sign, four exponent bits (bias 7), three mantissa bits.
 
-448 at most, S.1111.111 is NaN, no infinity. Four codes a word; scale = amax / 448. Twin: FP8E4M3 of ``src/formats/fp8.h``.
+448 at most, S.1111.111 is NaN, no infinity. Four codes a word; scale = amax / 448.
+Twin of FP8E4M3 in ``src/formats/fp8.h``.
 """
 
 from __future__ import annotations

@@ -1,40 +1,99 @@
 // metal-marlin: lanes=any
-// Decoding, one to a few tokens: y[m, n] = sum over k of x[m, k] * scales[n, k / group] * value(codes[n, k]).
+// Decoding, one to a few tokens: y[m, n] = sum over k of x[m, k] * w[n, k], w = scale * (value(code) - zero) + bias.
 // What each thread does and why it is fast: core/gemv.h. Sums are float, no run of them is half.
 //
-// Rows: decode_gemv_<format>[_batched][__t<activations>][_s<scales>]; activations and scales are half by default,
-// scales are as the activations where no _s says otherwise.
+// Rows: decode_gemv_<format>[_<variant>][__t<activations>_s<scales>_z<zeros>]; activations and scales are half by
+// default, scales are as the activations where no _s says otherwise, zeros absent where no _z does.
 //   decode_gemv_*           one token a threadgroup
 //   decode_gemv_*_batched   up to 8 tokens a threadgroup, every weight read once for them
+//   decode_gemv_fp4_simd    the plain pipeline of any simdgroup, on every device
+//   decode_gemv_fp4_wide    the same, 32 bytes of a row a lane
+//   decode_gemv_fp4_tiled   the same, x in threadgroup memory, 4096 elements at a time
 // Grid: x covers N, y covers M; ops/linear_decode.py holds the numbers.
 #include <metal_stdlib>
 #include "core/gemv.h"
 #include "core/instantiate.h"
 #include "formats/fp4.h"
+#include "formats/fp8.h"
+#include "formats/int4.h"
+#include "formats/int8.h"
 using namespace metal;
 
-template <typename Format, typename T, typename S, uint kTokens>
+template <typename Core, typename Q, typename T>
 [[kernel]] void
 decode_gemv(device const T* x [[buffer(0)]], device const uint* codes [[buffer(1)]],
-            device const S* scales [[buffer(2)]], device T* y [[buffer(3)]],
-            constant GemvShape& shape [[buffer(4)]], uint3 tgid [[threadgroup_position_in_grid]],
+            device const typename Q::S* scales [[buffer(2)]],
+            device const typename GemvExtra<Q>::type* extra [[buffer(3)]], device T* y [[buffer(4)]],
+            constant GemvShape& shape [[buffer(5)]], uint3 tgid [[threadgroup_position_in_grid]],
             uint sgid [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
             uint sgs [[simdgroups_per_threadgroup]]) {
-    typedef Gemv<Format, T, S, kTokens> Core;
     threadgroup typename Core::Shared sh;
-    Core::run(GemvArguments<T, S>(x, codes, scales, y, shape), GemvPlace{tgid, sgid, lane, sgs}, sh);
+    Core::run(GemvArguments<Q, T>(x, codes, scales, extra, y, shape), GemvPlace{tgid, sgid, lane, sgs}, sh);
 }
 
-#define ROWS(name, Format, kTokens)                                                                          \
-    INSTANTIATE(name, decode_gemv<Format, half, half, kTokens>)                                              \
-    INSTANTIATE(name "__sbf16", decode_gemv<Format, half, bfloat, kTokens>)                                  \
-    INSTANTIATE(name "__sf32", decode_gemv<Format, half, float, kTokens>)                                    \
-    INSTANTIATE(name "__tbf16", decode_gemv<Format, bfloat, bfloat, kTokens>)                                \
-    INSTANTIATE(name "__tbf16_shalf", decode_gemv<Format, bfloat, half, kTokens>)                            \
-    INSTANTIATE(name "__tbf16_sf32", decode_gemv<Format, bfloat, float, kTokens>)                            \
-    INSTANTIATE(name "__tf32", decode_gemv<Format, float, float, kTokens>)                                   \
-    INSTANTIATE(name "__tf32_shalf", decode_gemv<Format, float, half, kTokens>)                              \
-    INSTANTIATE(name "__tf32_sbf16", decode_gemv<Format, float, bfloat, kTokens>)
+template <typename S> using Fp4 = Quantized<FP4, FloatScale<S>>;
+template <typename S> using Int4 = Quantized<INT4, FloatScale<S>>;
+template <typename S> using Int4Point = Quantized<UINT4, FloatScale<S>, ZeroPoint<S>>;
+template <typename S> using Int4Packed = Quantized<UINT4, FloatScale<S>, PackedZero<4>>;
+template <typename S> using Int4Bias = Quantized<UINT4, FloatScale<S>, Bias<S>>;
+template <typename S> using Int8 = Quantized<INT8, FloatScale<S>>;
+template <typename S> using Uint8Point = Quantized<UINT8, FloatScale<S>, ZeroPoint<S>>;
+template <typename S> using Uint8Packed = Quantized<UINT8, FloatScale<S>, PackedZero<8>>;
+template <typename S> using Uint8Bias = Quantized<UINT8, FloatScale<S>, Bias<S>>;
+template <typename S> using Fp8E4M3 = Quantized<FP8E4M3, FloatScale<S>>;
+template <typename S> using Fp8E5M2 = Quantized<FP8E5M2, FloatScale<S>>;
+typedef Quantized<FP4, E8M0> Mxfp4;
+typedef Quantized<FP4, E4M3, TensorScale> Nvfp4;
 
-ROWS("decode_gemv_fp4", FP4, 1)
-ROWS("decode_gemv_fp4_batched", FP4, 8)
+template <typename Q, typename T> using GemvOne = Gemv<Q, T, 1>;
+template <typename Q, typename T> using GemvBatch = Gemv<Q, T, 8>;
+template <typename Q, typename T> using GemvSimd = SimdGemv<Q, T, 1>;
+template <typename Q, typename T> using GemvWide = SimdGemv<Q, T, 1, 8>;
+template <typename Q, typename T> using GemvTiled = SimdGemv<Q, T, 1, 4, 4096>;
+
+#define ROW(name, Core, Q, T) INSTANTIATE(name, decode_gemv<Core<Q, T>, Q, T>)
+
+// every dtype of activations
+#define ROWS_T(name, Core, Q)                                                                                \
+    ROW(name, Core, Q, half)                                                                                 \
+    ROW(name "__tbf16", Core, Q, bfloat)                                                                     \
+    ROW(name "__tf32", Core, Q, float)
+
+// scales like the activations
+#define ROWS_S(name, Core, Q)                                                                                \
+    ROW(name, Core, Q<half>, half)                                                                           \
+    ROW(name "__tbf16", Core, Q<bfloat>, bfloat)                                                             \
+    ROW(name "__tf32", Core, Q<float>, float)
+
+// every pair of dtypes; first, z: what names without and with other keys say of zeros
+#define ROWS_TS(name, first, z, Core, Q)                                                                     \
+    ROW(name first, Core, Q<half>, half)                                                                     \
+    ROW(name "__sbf16" z, Core, Q<bfloat>, half)                                                             \
+    ROW(name "__sf32" z, Core, Q<float>, half)                                                               \
+    ROW(name "__tbf16" z, Core, Q<bfloat>, bfloat)                                                           \
+    ROW(name "__tbf16_shalf" z, Core, Q<half>, bfloat)                                                       \
+    ROW(name "__tbf16_sf32" z, Core, Q<float>, bfloat)                                                       \
+    ROW(name "__tf32" z, Core, Q<float>, float)                                                              \
+    ROW(name "__tf32_shalf" z, Core, Q<half>, float)                                                         \
+    ROW(name "__tf32_sbf16" z, Core, Q<bfloat>, float)
+
+#define FORMATS(variant, Core)                                                                               \
+    ROWS_TS("decode_gemv_fp4" variant, "", "", Core, Fp4)                                                    \
+    ROWS_T("decode_gemv_mxfp4" variant, Core, Mxfp4)                                                         \
+    ROWS_T("decode_gemv_nvfp4" variant, Core, Nvfp4)                                                         \
+    ROWS_TS("decode_gemv_int4" variant, "", "", Core, Int4)                                                  \
+    ROWS_TS("decode_gemv_int4" variant, "__zpoint", "_zpoint", Core, Int4Point)                              \
+    ROWS_TS("decode_gemv_int4" variant, "__zpacked", "_zpacked", Core, Int4Packed)                           \
+    ROWS_TS("decode_gemv_int4" variant, "__zbias", "_zbias", Core, Int4Bias)                                 \
+    ROWS_TS("decode_gemv_int8" variant, "", "", Core, Int8)                                                  \
+    ROWS_TS("decode_gemv_uint8" variant, "__zpoint", "_zpoint", Core, Uint8Point)                            \
+    ROWS_TS("decode_gemv_uint8" variant, "__zpacked", "_zpacked", Core, Uint8Packed)                         \
+    ROWS_TS("decode_gemv_uint8" variant, "__zbias", "_zbias", Core, Uint8Bias)                               \
+    ROWS_TS("decode_gemv_fp8_e4m3" variant, "", "", Core, Fp8E4M3)                                           \
+    ROWS_TS("decode_gemv_fp8_e5m2" variant, "", "", Core, Fp8E5M2)
+
+FORMATS("", GemvOne)
+FORMATS("_batched", GemvBatch)
+ROWS_S("decode_gemv_fp4_simd", GemvSimd, Fp4)
+ROWS_S("decode_gemv_fp4_wide", GemvWide, Fp4)
+ROWS_S("decode_gemv_fp4_tiled", GemvTiled, Fp4)

@@ -1,19 +1,21 @@
 #pragma once
-// Matrix-vector core: y[m, n] = sum over k of x[m, k] * scales[n, k / group] * decode(codes[n, k]), for few tokens m.
-// Sums are float; y is rounded once. Every weight is read once for kTokens tokens.
+// Matrix-vector core: y[m, n] = sum over k of x[m, k] * w[n, k] for few tokens m, where w = scale * (value - zero) + bias
+// is what formats/quantized.h says. Sums are float; y is rounded once. Every weight is read once for kTokens tokens.
 //
 //   x       T     [M, K]
-//   codes   uint  [N, K / 8]              Format's words, row-major
+//   codes   uint  [N, K / per word]       Format's words, row-major
 //   scales  S     [N, ceil(K / group)]    group: 16, 32, 64, 128, ... or K
+//   extra   E     zeros, biases, a factor; anything where the format has none
 //   y       T     [M, N]
 //
-// Gemv<Format, T, S, kTokens> is the device's pipeline:
+// Gemv<Q, T, kTokens> is the device's pipeline for Q = Quantized<Format, Scale, Extra>:
 //   apple   gemv_simd.h: a simdgroup takes kRows rows, a lane 16 bytes of each at a time.
 //   nvidia  mma for half and bfloat (weights are the left operand: 1 to 8 tokens cost the same), gemv_simd.h for float.
-//   cpu     one lane: a threadgroup takes `rows` rows, 128 weights a step in vector registers; 32 lanes: gemv_simd.h.
+//   cpu     one lane: a threadgroup takes `rows` rows, 64 bytes a step in vector registers; 32 lanes: gemv_simd.h.
 // Sources: own.
 #include <metal_stdlib>
 #include "core/constants.h"
+#include "formats/quantized.h"
 using namespace metal;
 
 struct GemvShape {
@@ -21,23 +23,47 @@ struct GemvShape {
     long group; // weights a scale stands for
     long rows;  // of a threadgroup (cpu with one lane)
     long
-        aligned; // 16-byte loads are possible: K is a multiple of 32, x and codes start at multiples of 16 bytes
+        aligned; // 16-byte loads are possible: of rows of codes and of x, which also start at multiples of 16 bytes
 };
 
-template <typename T, typename S> struct GemvArguments {
+// What the extra argument points to: where it is never read, the host binds the scales once more.
+template <typename Q, bool kRead = Q::kAffine || Q::Extra::kFactor> struct GemvExtra {
+    typedef typename Q::E type;
+};
+template <typename Q> struct GemvExtra<Q, false> {
+    typedef typename Q::S type;
+};
+
+template <typename Q, typename T> struct GemvArguments {
+    typedef typename Q::S S;
+    typedef typename GemvExtra<Q>::type E;
     device const T* x;
     device const uint* codes;
     device const S* scales;
+    device const E* extra;
     device T* y;
     uint M, N, K, groups, rows;
     uint shift; // weight k has scale k >> shift
     bool aligned;
 
-    GemvArguments(device const T* x, device const uint* codes, device const S* scales, device T* y,
-                  constant GemvShape& shape)
-        : x(x), codes(codes), scales(scales), y(y), M(uint(shape.M)), N(uint(shape.N)), K(uint(shape.K)),
-          groups((uint(shape.K) + uint(shape.group) - 1) / uint(shape.group)), rows(uint(shape.rows)),
-          shift(groups == 1 ? 31 : ctz(uint(shape.group))), aligned(shape.aligned != 0) {}
+    GemvArguments(device const T* x, device const uint* codes, device const S* scales, device const E* extra,
+                  device T* y, constant GemvShape& shape)
+        : x(x), codes(codes), scales(scales), extra(extra), y(y), M(uint(shape.M)), N(uint(shape.N)),
+          K(uint(shape.K)), groups((uint(shape.K) + uint(shape.group) - 1) / uint(shape.group)),
+          rows(uint(shape.rows)), shift(groups == 1 ? 31 : ctz(uint(shape.group))),
+          aligned(shape.aligned != 0) {}
+
+    typename Q::Row row(ulong n) const {
+        return Q::row(scales, (device const typename Q::E*)extra, n, groups);
+    }
+    uint group(uint k) const { return min(k >> shift, groups - 1); }
+};
+
+// Codes of formats with zeros or biases are unsigned. Their sums are taken of value - kMiddle, which is small and exact,
+// and what is left of the offset is small too: less is lost when the two are added.
+template <typename Q> struct GemvMiddle {
+    static constexpr constant float value = Q::kAffine ? float(1 << (Q::Format::kBits - 1)) : 0.0f;
+    static float offset(typename Q::Group g) { return g.bias + g.scale * (value - g.zero); }
 };
 
 // Where a thread stands; sgs: simdgroups of a threadgroup.

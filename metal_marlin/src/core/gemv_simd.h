@@ -1,28 +1,44 @@
 #pragma once
 // The matrix-vector pipeline for any simdgroup: a simdgroup takes kRows rows of W and kTokens rows of x; its lanes
 // walk along K, each with kWords words of every row at a time; one simd_sum a row and token at the end.
-
-template <typename Format, typename T, typename S, uint kTokens> struct SimdGemv {
+//   kWords  16 bytes of a row a lane are one load; 32 are two, with fewer rows
+//   kTile   0: x is read from device memory; else the threadgroup brings kTile elements of it into its own memory first,
+//           for all of its simdgroups
+template <typename Q, typename T, uint kTokens, uint kWords_ = 0, uint kTile = 0> struct SimdGemv {
+    typedef typename Q::Format Format;
     enum : uint {
-        kRows = 4,
-        kWords = kTokens == 1 ? 4 : 1,
         kPerWord = Format::kPerWord,
+        kWords = kWords_ ? kWords_
+        : kTokens == 1   ? 4
+                         : 8 / kPerWord,
+        kRows = kWords > 4 ? 2 : 4,
         kStep = kWords * kPerWord,
-        kRun = 16 // no scale changes within
+        kRun = kStep < 16 ? kStep : 16, // no scale changes within
+        kRuns = kStep / kRun,
+        kStaged = kTile ? kTile : 1
     };
+    static_assert(kTile == 0 || kTokens == 1, "SimdGemv: a tile is of one token");
+    static_assert(kTile % (kSimdWidth * kStep) == 0, "SimdGemv: lanes take whole turns of a tile");
     struct Shared {
-        uint nothing;
+        T x[kStaged];
     };
     struct Words {
         uint w[kWords];
     };
+    struct Inputs {
+        float x[kTokens][kStep], sum[kTokens][kRuns];
+    };
 
     static Words load(device const uint* from, uint count, bool aligned) {
         Words words;
-        if (kWords == 4 && aligned) {
-            const uint4 v = *(device const uint4*)from;
+        if (kWords % 4 == 0 && aligned) {
 #pragma unroll
-            for (uint j = 0; j < kWords; ++j) words.w[j] = v[j];
+            for (uint i = 0; i < kWords / 4; ++i) {
+                uint4 v = 0;
+                if (4 * i < count) v = *(device const uint4*)(from + 4 * i);
+#pragma unroll
+                for (uint j = 0; j < 4; ++j) words.w[4 * i + j] = v[j];
+            }
         } else {
 #pragma unroll
             for (uint j = 0; j < kWords; ++j) words.w[j] = j < count ? from[j] : 0;
@@ -30,7 +46,56 @@ template <typename Format, typename T, typename S, uint kTokens> struct SimdGemv
         return words;
     }
 
-    static void run(GemvArguments<T, S> a, GemvPlace at, threadgroup Shared&) {
+    // Elements of x that lie behind the end are 0.
+    static void read(device const T* x, uint count, bool aligned, thread float (&to)[kStep]) {
+        if (aligned) {
+#pragma unroll
+            for (uint i = 0; i < kStep; i += 4) {
+                vec<T, 4> v = vec<T, 4>(T(0));
+                if (i < count) v = *(device const vec<T, 4>*)(x + i);
+#pragma unroll
+                for (uint j = 0; j < 4; ++j) to[i + j] = float(v[j]);
+            }
+        } else {
+#pragma unroll
+            for (uint i = 0; i < kStep; ++i) to[i] = i < count ? float(x[i]) : 0.0f;
+        }
+    }
+
+    static Inputs inputs(thread const GemvArguments<Q, T>& a, uint token, uint k, uint tile,
+                         threadgroup const Shared& sh) {
+        Inputs in;
+#pragma unroll
+        for (uint m = 0; m < kTokens; ++m) {
+            if (kTile) {
+#pragma unroll
+                for (uint i = 0; i < kStep; ++i) in.x[m][i] = float(sh.x[k - tile + i]);
+            } else {
+                read(a.x + ulong(min(token + m, a.M - 1)) * a.K + k, a.K - k, a.aligned, in.x[m]);
+            }
+            if (Q::kAffine) {
+#pragma unroll
+                for (uint run = 0; run < kRuns; ++run) {
+                    in.sum[m][run] = 0;
+#pragma unroll
+                    for (uint i = 0; i < kRun; ++i) in.sum[m][run] += in.x[m][run * kRun + i];
+                }
+            }
+        }
+        return in;
+    }
+
+    static void stage(thread const GemvArguments<Q, T>& a, uint token, uint tile, GemvPlace at,
+                      threadgroup Shared& sh) {
+        device const T* x = a.x + ulong(token) * a.K;
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        for (uint i = at.sgid * kSimdWidth + at.lane; i < kStaged; i += at.sgs * kSimdWidth) {
+            sh.x[i] = tile + i < a.K ? x[tile + i] : T(0);
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+
+    static void run(GemvArguments<Q, T> a, GemvPlace at, threadgroup Shared& sh) {
         const uint first = (at.tgid.x * at.sgs + at.sgid) * kRows, token = at.tgid.y * kTokens;
         float total[kRows][kTokens];
 #pragma unroll
@@ -38,30 +103,19 @@ template <typename Format, typename T, typename S, uint kTokens> struct SimdGemv
 #pragma unroll
             for (uint m = 0; m < kTokens; ++m) total[r][m] = 0;
         }
-        const uint words = a.K / kPerWord;
-        for (uint k = at.lane * kStep; k < a.K; k += kSimdWidth * kStep) {
-            const uint left = min(uint(kWords), words - k / kPerWord);
-            float xs[kTokens][kStep];
+        const uint length = kTile ? uint(kTile) : a.K;
+        for (uint tile = 0; tile < a.K; tile += length) {
+            if (kTile) stage(a, token, tile, at, sh);
+            const uint end = min(a.K, tile + length);
+            for (uint k = tile + at.lane * kStep; k < end; k += kSimdWidth * kStep) {
+                const Inputs in = inputs(a, token, k, tile, sh);
 #pragma unroll
-            for (uint m = 0; m < kTokens; ++m) {
-                device const T* x = a.x + ulong(min(token + m, a.M - 1)) * a.K + k;
-                if (a.aligned) {
-#pragma unroll
-                    for (uint i = 0; i < kStep; i += 4) {
-                        const vec<T, 4> v = *(device const vec<T, 4>*)(x + i);
-#pragma unroll
-                        for (uint j = 0; j < 4; ++j) xs[m][i + j] = float(v[j]);
-                    }
-                } else {
-#pragma unroll
-                    for (uint i = 0; i < kStep; ++i) xs[m][i] = i < left * kPerWord ? float(x[i]) : 0.0f;
+                for (uint r = 0; r < kRows; ++r) {
+                    const ulong n = min(first + r, a.N - 1);
+                    const uint words = a.K / kPerWord;
+                    const Words w = load(a.codes + n * words + k / kPerWord, words - k / kPerWord, a.aligned);
+                    step(w, a, n, k, in, total[r]);
                 }
-            }
-#pragma unroll
-            for (uint r = 0; r < kRows; ++r) {
-                const ulong row = min(first + r, a.N - 1);
-                const Words w = load(a.codes + row * words + k / kPerWord, left, a.aligned);
-                step(w, a.scales + row * a.groups, k, a, xs, total[r]);
             }
         }
 #pragma unroll
@@ -76,25 +130,27 @@ template <typename Format, typename T, typename S, uint kTokens> struct SimdGemv
         }
     }
 
-    static void step(Words words, device const S* scales, uint k, thread const GemvArguments<T, S>& a,
-                     thread const float (&xs)[kTokens][kStep], thread float (&total)[kTokens]) {
+    // Words behind the end are 0, and so is what they are multiplied by.
+    static void step(Words words, thread const GemvArguments<Q, T>& a, ulong n, uint k,
+                     thread const Inputs& in, thread float (&total)[kTokens]) {
+        const typename Q::Row row = a.row(n);
 #pragma unroll
-        for (uint from = 0; from < kStep; from += kRun) {
-            // words behind the end are 0, and so is what they are multiplied by
-            const float scale = float(scales[min((k + from) >> a.shift, a.groups - 1)]);
+        for (uint run = 0; run < kRuns; ++run) {
+            const typename Q::Group group = row.group(a.group(k + run * kRun));
 #pragma unroll
             for (uint m = 0; m < kTokens; ++m) {
                 float dot = 0;
 #pragma unroll
-                for (uint j = from / kPerWord;
-                     j < (kStep < kRun ? uint(kWords) : from / kPerWord + kRun / kPerWord); ++j) {
+                for (uint j = run * kRun / kPerWord; j < (run + 1) * kRun / kPerWord; ++j) {
 #pragma unroll
-                    for (uint i = 0; i < 4; ++i) {
+                    for (uint i = 0; i < kPerWord / 2; ++i) {
                         const float2 v = Format::pair(words.w[j], i);
-                        dot += v.x * xs[m][j * kPerWord + i] + v.y * xs[m][j * kPerWord + i + 4];
+                        dot += v.x * in.x[m][j * kPerWord + i];
+                        dot += v.y * in.x[m][j * kPerWord + i + kPerWord / 2];
                     }
                 }
-                total[m] += scale * dot;
+                total[m] += group.scale * dot;
+                if (Q::kAffine) total[m] += group.offset() * in.sum[m][run];
             }
         }
     }

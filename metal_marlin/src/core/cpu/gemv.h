@@ -1,46 +1,56 @@
 #pragma once
 #if defined(__METAL_MARLIN_CPU__) && METAL_MARLIN_LANES != 1
-template <typename Format, typename T, typename S, uint kTokens> using Gemv = SimdGemv<Format, T, S, kTokens>;
+template <typename Q, typename T, uint kTokens> using Gemv = SimdGemv<Q, T, kTokens>;
 #endif
 
 #if defined(__METAL_MARLIN_CPU__) && METAL_MARLIN_LANES == 1
-#include "core/cpu/wide.h"
+#include "core/cpu/dot.h"
 
-// One lane, 4-bit codes. A step takes 128 weights of a row, see WideDot; x is brought into the order that this needs
-// once for all rows of the threadgroup.
-template <typename Format, typename T, typename S, uint kTokens> struct WideGemv {
-    typedef WideDot<Format, T> Dot;
+// One lane. A step takes 64 bytes of a row, see dot.h; x is brought into the order that this needs once for all rows of
+// the threadgroup, and summed by group where weights have an offset. Scales of kRows rows are made floats before their
+// codes are read, many at once.
+template <typename Q, typename T, uint kTokens> struct WideGemv {
+    typedef typename WideDotOf<typename Q::Format, T, Q::Format::kBits>::type Dot;
     typedef typename Dot::Stored Stored;
     enum : uint {
-        kStep = 128,
+        kStep = Dot::kStep,
+        kPerWord = Q::Format::kPerWord,
         kRows = kTokens == 1 ? 4 : 2, // together: they share what is read of x
         kBlock = 16384,               // of K, the part of x in reordered form
-        kStored = kBlock / kStep * Dot::kStored,
-        kMost = 256,  // rows a pass over K
-        kAhead = 3072 // bytes that are fetched in advance along a row
+        kStored = (kBlock / kStep + 1) * Dot::kStored,
+        kGroups = kBlock / 16 + 16, // a step reads eight scales, used or not
+        kMost = 256,                // rows a pass over K
+        kAhead = 3072               // bytes that are fetched in advance along a row
     };
-    static_assert(Format::kBits == 4, "WideGemv: the table has 16 entries");
     struct Shared {
         uint nothing;
     };
     struct Pass {
         Stored xs[kTokens][kStored];
         float sums[kMost + kRows][kTokens];
+        float grouped[Q::kAffine ? uint(kTokens) : 1][kGroups]; // sums of x
+        float scales[kRows][kGroups], offsets[kRows][kGroups];
+    };
+    // The block of K that starts at k. Its last step may start within the step before, and then skips what that one
+    // has: it is read as one piece, like the others.
+    struct Block {
+        uint k, size, whole, last; // last: where the last step starts, counted from k
+        bool piece;
+        uint first, groups; // groups that lie in it
+        WideScales scales, last_scales;
+        WideBits kept; // bits of the last step's words
     };
 
-    static void run(GemvArguments<T, S> a, GemvPlace at, threadgroup Shared&) {
+    static void run(GemvArguments<Q, T> a, GemvPlace at, threadgroup Shared&) {
         const uint begin = at.tgid.x * a.rows, end = min(begin + a.rows, a.N), token = at.tgid.y * kTokens;
-        const Dot dot;
+        const Dot dot(GemvMiddle<Q>::value);
         Pass pass;
         for (uint row = begin; row < end; row += kMost) {
             const uint count = min(uint(kMost), end - row);
             for (uint k = 0; k < a.K; k += kBlock) {
-                reorder(a, token, k, pass);
-                if (a.shift >= 7) {
-                    rows<false>(a, dot, row, count, k, pass);
-                } else {
-                    rows<true>(a, dot, row, count, k, pass);
-                }
+                const Block block = block_at(a, k);
+                if (row == begin || a.K > kBlock) reorder(a, token, block, pass);
+                rows(a, dot, row, count, block, pass);
             }
             for (uint m = 0; m < kTokens && token + m < a.M; ++m) {
                 for (uint r = 0; r < count; ++r) a.y[ulong(token + m) * a.N + row + r] = T(pass.sums[r][m]);
@@ -48,99 +58,137 @@ template <typename Format, typename T, typename S, uint kTokens> struct WideGemv
         }
     }
 
-    static void reorder(thread const GemvArguments<T, S>& a, uint token, uint k, thread Pass& pass) {
-        typedef T Elements __attribute__((ext_vector_type(128)));
-        const uint size = min(uint(kBlock), a.K - k);
+    static Block block_at(thread const GemvArguments<Q, T>& a, uint k) {
+        Block b;
+        b.k = k;
+        b.size = min(uint(kBlock), a.K - k);
+        b.whole = b.size / kStep * kStep;
+        b.piece = a.K >= kStep && a.K % 16 == 0;
+        b.last = b.piece ? b.size - kStep : b.whole; // may be before the block
+        b.first = k >> a.shift;
+        b.groups = a.group(k + b.size - 1) - b.first + 1;
+        const uint none = b.whole - b.last;
+        for (uint j = 0; j < 16; ++j) {
+            b.scales.which[j] = j * kPerWord >> a.shift;
+            const uint i =
+                max(j * kPerWord, none) - none; // counted from where the last step's own part starts
+            b.last_scales.which[j] = min(i, b.size - b.whole - 1) >> a.shift;
+            b.kept[j] = j * kPerWord < none ? 0 : ~0u;
+        }
+        b.scales.one = b.last_scales.one = kStep >> a.shift <= 1;
+        return b;
+    }
+
+    static void reorder(thread const GemvArguments<Q, T>& a, uint token, thread const Block& b,
+                        thread Pass& pass) {
         for (uint m = 0; m < kTokens; ++m) {
-            device const T* x = a.x + ulong(min(token + m, a.M - 1)) * a.K + k;
-            for (uint from = 0; from < size; from += kStep) {
-                Elements v = 0;
-                if (size - from >= kStep) {
-                    __builtin_memcpy(&v, x + from, sizeof(v));
+            device const T* x = a.x + ulong(min(token + m, a.M - 1)) * a.K + b.k;
+            for (uint from = 0; from < b.size; from += kStep) {
+                float part[kStep];
+                if (from < b.whole) {
+                    for (uint i = 0; i < kStep; ++i) part[i] = float(x[from + i]);
                 } else {
-                    __builtin_memcpy(&v, x + from, (size - from) * sizeof(T));
+                    for (uint i = 0; i < kStep; ++i) part[i] = 0;
+                    for (uint i = from; i < b.size; ++i) part[i - b.last] = float(x[i]);
                 }
-                Dot::order(__builtin_convertvector(v, WideRow), pass.xs[m] + from / kStep * Dot::kStored);
+                Dot::order(part, pass.xs[m] + from / kStep * Dot::kStored);
+            }
+            if (Q::kAffine) {
+                for (uint g = 0; g < b.groups; ++g) {
+                    const ulong begin = ulong(b.first + g) << a.shift, end = ulong(b.first + g + 1)
+                                                                             << a.shift;
+                    float sum = 0;
+                    for (uint i = uint(max(begin, ulong(b.k)) - b.k); i < min(end - b.k, ulong(b.size));
+                         ++i) {
+                        sum += float(x[i]);
+                    }
+                    pass.grouped[m][g] = sum;
+                }
             }
         }
     }
 
-    // A scale for each of the 16 words from weight k on.
-    template <bool kFine>
-    static Wide scale(device const S* scales, uint k, thread const GemvArguments<T, S>& a) {
-        if (!kFine) return (Wide) float(scales[k >> a.shift]);
-        Wide few = 0;
-        WideBits which;
-        const uint first = k >> a.shift, per = kStep >> a.shift, count = min(per, a.groups - first);
-        for (uint i = 0; i < 8; ++i) few[i] = i < count ? float(scales[first + i]) : 0.0f;
-        for (uint j = 0; j < 16; ++j) which[j] = j * per / 16;
-        return wide_lookup(few, which);
+    // Scales (and offsets) of the block's groups of a row.
+    static void convert(typename Q::Row row, thread const Block& b, thread float* scales,
+                        thread float* offsets) {
+        for (uint g = 0; g < b.groups;
+             g += 8) { // the last eight overlap those before: no loop over single ones
+            const uint at = b.groups < 8 ? 0 : min(g, b.groups - 8), count = min(8u, b.groups);
+            typename WideScale<typename Q::Scale>::Stored stored = 0;
+            if (count == 8) {
+                __builtin_memcpy(&stored, row.scales + b.first + at, sizeof(stored));
+            } else {
+                for (uint i = 0; i < count; ++i) stored[i] = row.scales[b.first + i];
+            }
+            wide_store(scales + at, WideScale<typename Q::Scale>::of(stored) * (row.factor * Dot::kUnit));
+        }
+        if (Q::kAffine) {
+            for (uint g = 0; g < b.groups; ++g) offsets[g] = GemvMiddle<Q>::offset(row.group(b.first + g));
+        }
     }
 
-    // Sums of `count` rows over the block of K that starts at k0. The last rows are done again where kRows does not
-    // divide count, so that there is one loop.
-    template <bool kFine>
-    static void rows(thread const GemvArguments<T, S>& a, thread const Dot& dot, uint row, uint count,
-                     uint k0, thread Pass& pass) {
-        const uint words = a.K / 8, size = min(uint(kBlock), a.K - k0), whole = size / kStep * kStep;
-        const uint width = size / 2, ahead = min(uint(kAhead), width);
+    // Sums of `count` rows over the block. The last rows are done again where kRows does not divide count, so that
+    // there is one loop.
+    static void rows(thread const GemvArguments<Q, T>& a, thread const Dot& dot, uint row, uint count,
+                     thread const Block& b, thread Pass& pass) {
+        const uint words = a.K / kPerWord, width = b.size * 4 / kPerWord, together = kRows * words * 4;
+        // behind the end of these rows it is the next ones, and of short rows some later ones
+        const uint ahead = min(uint(kAhead), width), turns = max(1u, kRows * kAhead / together);
         for (uint r0 = 0; r0 < count; r0 += kRows) {
             device const uint* codes[kRows];
-            device const S* scales[kRows];
+            WideStep<kRows> step;
             Wide total[kRows][kTokens];
 #pragma unroll
             for (uint r = 0; r < kRows; ++r) {
-                const ulong at = row + min(r0 + r, count - 1);
-                codes[r] = a.codes + at * words + k0 / 8;
-                scales[r] = a.scales + at * a.groups;
+                const ulong n = row + min(r0 + r, count - 1);
+                codes[r] = a.codes + n * words + b.k / kPerWord;
+                convert(a.row(n), b, pass.scales[r], pass.offsets[r]);
 #pragma unroll
                 for (uint m = 0; m < kTokens; ++m) total[r][m] = 0;
             }
-            WideBits q[kRows];
-            for (uint k = 0; k < whole; k += kStep) {
-                // behind the end of these rows it is the next ones
-                const uint then = k / 2 + ahead,
-                           fetch = then < width ? then : then - width + kRows * words * 4;
+            for (uint k = 0; k < b.whole; k += kStep) {
+                const uint then = k * 4 / kPerWord + ahead;
+                const uint fetch = then < width ? then : then - width + turns * together;
 #pragma unroll
                 for (uint r = 0; r < kRows; ++r) {
-                    q[r] = wide_load<WideBits>(codes[r] + k / 8);
+                    step.codes[r] = codes[r] + k / kPerWord;
+                    step.scales[r] = pass.scales[r] + (((b.k + k) >> a.shift) - b.first);
                     __builtin_prefetch((device const char*)codes[r] + fetch);
                 }
-                add<kFine>(a, dot, q, scales, k0, k, pass, total);
+                dot.add(step, b.scales, pass.xs[0] + k / kStep * Dot::kStored, kStored, total);
             }
-            if (whole < size) {
+            if (b.whole < b.size) {
+                WideBits q[kRows];
 #pragma unroll
                 for (uint r = 0; r < kRows; ++r) {
-                    q[r] = 0;
-                    __builtin_memcpy(&q[r], codes[r] + whole / 8, (size - whole) / 2);
+                    if (b.piece) {
+                        device const uint* from = codes[r] + b.size / kPerWord - kStep / kPerWord;
+                        q[r] = wide_load<WideBits>(from) & b.kept;
+                    } else {
+                        q[r] = 0;
+                        for (uint j = b.whole / kPerWord; j < b.size / kPerWord; ++j) {
+                            q[r][j - b.whole / kPerWord] = codes[r][j];
+                        }
+                    }
+                    step.codes[r] = &q[r];
+                    step.scales[r] = pass.scales[r] + (((b.k + b.whole) >> a.shift) - b.first);
                 }
-                add<kFine>(a, dot, q, scales, k0, whole, pass, total);
+                dot.add(step, b.last_scales, pass.xs[0] + b.whole / kStep * Dot::kStored, kStored, total);
             }
 #pragma unroll
             for (uint r = 0; r < kRows; ++r) {
 #pragma unroll
                 for (uint m = 0; m < kTokens; ++m) {
-                    const float sum = wide_sum(total[r][m]);
-                    pass.sums[r0 + r][m] = k0 == 0 ? sum : pass.sums[r0 + r][m] + sum;
+                    float sum = wide_sum(total[r][m]);
+                    if (Q::kAffine) {
+                        for (uint g = 0; g < b.groups; ++g) sum += pass.offsets[r][g] * pass.grouped[m][g];
+                    }
+                    pass.sums[r0 + r][m] = b.k == 0 ? sum : pass.sums[r0 + r][m] + sum;
                 }
             }
         }
     }
-
-    template <bool kFine>
-    static void add(thread const GemvArguments<T, S>& a, thread const Dot& dot,
-                    thread const WideBits (&q)[kRows], device const S* thread const (&scales)[kRows], uint k0,
-                    uint k, thread const Pass& pass, thread Wide (&total)[kRows][kTokens]) {
-        Wide part[kRows][kTokens];
-        dot.multiply(q, pass.xs[0] + k / kStep * Dot::kStored, kStored, part);
-#pragma unroll
-        for (uint r = 0; r < kRows; ++r) {
-            const Wide s = scale<kFine>(scales[r], k0 + k, a);
-#pragma unroll
-            for (uint m = 0; m < kTokens; ++m) total[r][m] += part[r][m] * s;
-        }
-    }
 };
 
-template <typename Format, typename T, typename S, uint kTokens> using Gemv = WideGemv<Format, T, S, kTokens>;
+template <typename Q, typename T, uint kTokens> using Gemv = WideGemv<Q, T, kTokens>;
 #endif

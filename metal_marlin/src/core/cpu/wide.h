@@ -51,108 +51,29 @@ static inline float wide_sum(Wide v) {
     return (b.x + b.y) + (b.z + b.w);
 }
 
-// 128 weights of 16 words times 128 elements of x, in 16 sums: lane j has those of word j. kStored vectors hold the
-// elements in the order in which the codes come out; order() makes them of x's 128, converted to float.
-typedef float WideRow __attribute__((ext_vector_type(128)));
-
-// Code i of all words is one vector: shift, look-up, multiply-add.
-template <typename Format, typename T> struct WideDot {
-    enum : uint { kStored = 8 };
-    typedef Wide Stored;
-    Wide table;
-
-    WideDot() {
-        for (uint code = 0; code < 16; ++code) table[code] = Format::value(code);
-    }
-    template <int i> static void column(WideRow x, thread Stored* to) {
-        to[i] = __builtin_shufflevector(x, x, i, i + 8, i + 16, i + 24, i + 32, i + 40, i + 48, i + 56,
-                                        i + 64, i + 72, i + 80, i + 88, i + 96, i + 104, i + 112, i + 120);
-    }
-    static void order(WideRow x, thread Stored* to) {
-        column<0>(x, to), column<1>(x, to), column<2>(x, to), column<3>(x, to);
-        column<4>(x, to), column<5>(x, to), column<6>(x, to), column<7>(x, to);
-    }
-    template <uint kRows, uint kTokens>
-    void multiply(thread const WideBits (&q)[kRows], thread const Stored* x, uint stride,
-                  thread Wide (&sums)[kRows][kTokens]) const {
-#pragma unroll
-        for (uint i = 0; i < 8; ++i) {
-            Wide w[kRows];
-#pragma unroll
-            for (uint r = 0; r < kRows; ++r) w[r] = wide_lookup(table, q[r] >> (4 * i));
-#pragma unroll
-            for (uint m = 0; m < kTokens; ++m) {
-                const Wide v = x[m * stride + i];
-#pragma unroll
-                for (uint r = 0; r < kRows; ++r) sums[r][m] = i == 0 ? w[r] * v : sums[r][m] + w[r] * v;
-            }
-        }
-    }
-};
-
-#if defined(__AVX512BF16__)
-typedef bfloat WideBfloats __attribute__((ext_vector_type(32)));
-
-// Codes i and i + 4 of all words are one vector of bfloat pairs, which an instruction multiplies and adds in float. A
-// half is exactly the sum of two bfloats, and every weight is a bfloat: products are exact.
-template <typename Format, uint kParts> struct WidePairDot {
-    enum : uint { kStored = 4 * kParts };
-    typedef WideBfloats Stored;
-    typedef short Shorts __attribute__((vector_size(64)));
-    Shorts table;
-
-    WidePairDot() {
-        for (uint i = 0; i < 32; ++i) table[i] = as_type<short>(bfloat(Format::value(i & 15)));
-    }
-    template <int i> static void column(WideRow x, thread Stored* to) {
-        typedef float Pairs __attribute__((ext_vector_type(32)));
-        Pairs v = __builtin_shufflevector(
-            x, x, i, i + 4, i + 8, i + 12, i + 16, i + 20, i + 24, i + 28, i + 32, i + 36, i + 40, i + 44,
-            i + 48, i + 52, i + 56, i + 60, i + 64, i + 68, i + 72, i + 76, i + 80, i + 84, i + 88, i + 92,
-            i + 96, i + 100, i + 104, i + 108, i + 112, i + 116, i + 120, i + 124);
-#pragma unroll
-        for (uint part = 0; part < kParts; ++part) {
-            to[i * kParts + part] = __builtin_convertvector(v, WideBfloats);
-            v -= __builtin_convertvector(to[i * kParts + part], Pairs);
-        }
-    }
-    static void order(WideRow x, thread Stored* to) {
-        column<0>(x, to), column<1>(x, to), column<2>(x, to), column<3>(x, to);
-    }
-
-    template <uint kRows, uint kTokens>
-    void multiply(thread const WideBits (&q)[kRows], thread const Stored* x, uint stride,
-                  thread Wide (&sums)[kRows][kTokens]) const {
-        typedef float Floats __attribute__((vector_size(64)));
-        typedef bfloat Bfloats __attribute__((vector_size(64)));
-        typedef ushort WideShorts __attribute__((ext_vector_type(32)));
-#pragma unroll
-        for (uint i = 0; i < 4; ++i) {
-            Bfloats w[kRows];
-#pragma unroll
-            for (uint r = 0; r < kRows; ++r) {
-                const WideShorts codes = __builtin_bit_cast(WideShorts, q[r]) >> (ushort)(4 * i);
-                w[r] = __builtin_bit_cast(
-                    Bfloats, __builtin_ia32_permvarhi512(table, __builtin_bit_cast(Shorts, codes)));
-            }
-#pragma unroll
-            for (uint m = 0; m < kTokens; ++m) {
-#pragma unroll
-                for (uint part = 0; part < kParts; ++part) {
-                    const Bfloats v = __builtin_bit_cast(Bfloats, x[m * stride + i * kParts + part]);
-#pragma unroll
-                    for (uint r = 0; r < kRows; ++r) {
-                        const Wide before = i == 0 && part == 0 ? (Wide)0.0f : sums[r][m];
-                        sums[r][m] = __builtin_bit_cast(
-                            Wide, __builtin_ia32_dpbf16ps_512(__builtin_bit_cast(Floats, before), v, w[r]));
-                    }
-                }
-            }
-        }
-    }
-};
-template <typename Format> struct WideDot<Format, bfloat> : WidePairDot<Format, 1> {};
-template <typename Format> struct WideDot<Format, half> : WidePairDot<Format, 2> {};
+// table[index], lane by lane; index < 8
+static inline Wide wide_lookup8(HalfWide table, WideBits index) {
+#if defined(__AVX512F__)
+    return wide_lookup(__builtin_shufflevector(table, table, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7),
+                       index);
+#elif defined(__AVX2__)
+    typedef float Floats __attribute__((vector_size(32)));
+    typedef int Ints __attribute__((vector_size(32)));
+    struct Halves {
+        Floats at[2];
+    };
+    struct Indices {
+        Ints at[2];
+    };
+    const Floats t = __builtin_bit_cast(Floats, table);
+    const Indices i = __builtin_bit_cast(Indices, index);
+    const Halves out = {{__builtin_ia32_permvarsf256(t, i.at[0]), __builtin_ia32_permvarsf256(t, i.at[1])}};
+    return __builtin_bit_cast(Wide, out);
+#else
+    Wide out;
+    for (int i = 0; i < 16; ++i) out[i] = table[index[i] & 7];
+    return out;
 #endif
+}
 
 #endif

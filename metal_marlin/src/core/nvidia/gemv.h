@@ -1,58 +1,30 @@
 #pragma once
 #ifdef __METAL_MARLIN_CUDA__
+#include "core/nvidia/operand.h"
 
-// What half and bfloat differ in: pairs of decoded weights as matrix operands, and the matrix multiply itself.
-template <typename Format, typename T> struct MmaOperand;
-
-template <typename Format> struct MmaOperand<Format, half> {
-    static constexpr float kUnit =
-        float(1 << Format::kScaledBy); // left in the sums: half subnormals are exact there
-
-    static void pairs(uint word, thread uint (&w)[4]) { Format::scaled_pairs(word, w); }
-    static uint scaled(uint pair, uint scale) { return times(times(pair, 0x74007400u), scale); } // 2^14
-    static uint times(uint a, uint b) {
-        uint d;
-        __asm__("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-        return d;
-    }
-    static void mma(thread float (&d)[4], uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
-        __asm__("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                "{%0,%1,%2,%3};"
-                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-    }
-};
-
-template <typename Format> struct MmaOperand<Format, bfloat> {
-    static constexpr float kUnit = 1; // sums 2^-126 too small would lose their low bits
-
-    static void pairs(uint word, thread uint (&w)[4]) {
-        Format::scaled_bfloat_pairs(word, w);
-        for (uint i = 0; i < 4; ++i) w[i] = times(w[i], 0x7e807e80u); // 2^126
-    }
-    static uint scaled(uint pair, uint scale) { return times(pair, scale); }
-    static uint times(uint a, uint b) {
-        uint d;
-        __asm__("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
-        return d;
-    }
-    static void mma(thread float (&d)[4], uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
-        __asm__("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                "{%0,%1,%2,%3};"
-                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-    }
-};
-
-// Matrix-vector with the matrix instruction: a threadgroup takes 16 rows, its simdgroups take turns along K, 128 weights
-// a turn. A dot product does not care in which order k is visited, so the 16 bytes a lane reads of a row are its
-// operands of eight m16n8k16 steps, and x is read in the same order. Lane = 4 * r + c reads weights 32 * c ... of rows
-// r and r + 8, and x of token r. What hides the time of a read is other simdgroups: at 64 registers two threadgroups of
-// 512 share a multiprocessor, which was faster than fewer simdgroups that read further ahead (H200: 12.1 us against
-// 13 to 17 for 4096 x 14336).
-template <typename Format, typename T, typename S, uint kTokens> struct MmaGemv {
-    enum : uint { kRows = 16, kColumns = 8, kMaxSimdgroups = 16, kStep = 128, kLane = 32 };
-    typedef MmaOperand<Format, T> Operand;
+// Matrix-vector with the matrix instruction: a threadgroup takes 16 rows, its simdgroups take turns along K, four times
+// 16 bytes of each row a turn. A dot product does not care in which order k is visited, so the 16 bytes a lane reads of
+// a row are its operands of eight (of 8-bit codes four) m16n8k16 steps, and x is read in the same order. Lane = 4 * r +
+// c reads weights kLane * c ... of rows r and r + 8, and x of token r. What hides the time of a read is other
+// simdgroups: at 64 registers two threadgroups of 512 share a multiprocessor, which was faster than fewer simdgroups
+// that read further ahead (H200: 12.1 us against 13 to 17 for 4096 x 14336 in fp4).
+template <typename Q, typename T, uint kTokens> struct MmaGemv {
+    typedef typename Q::Format Format;
+    typedef typename Q::S S;
+    typedef MmaDecode<Format, T> Decode;
+    typedef MmaPair<T> Pair;
+    typedef GemvArguments<Q, T> Arguments;
+    enum : uint {
+        kRows = 16,
+        kColumns = 8,
+        kMaxSimdgroups = 16,
+        kPerWord = Format::kPerWord,
+        kLane = 4 * kPerWord,
+        kStep = 4 * kLane,
+        kXs = kLane / 8,
+        kRuns = kLane / 16, // no scale changes within
+        kMiddles = Q::kAffine ? uint(kRuns) : 1
+    };
 
     struct Shared {
         float sums[kMaxSimdgroups][kRows][kColumns];
@@ -60,7 +32,7 @@ template <typename Format, typename T, typename S, uint kTokens> struct MmaGemv 
 
     struct Lane {
         device const uint* codes[2];
-        device const S* scales[2];
+        typename Q::Row rows[2];
         device const T* x;
         bool reads_x;
     };
@@ -68,8 +40,9 @@ template <typename Format, typename T, typename S, uint kTokens> struct MmaGemv 
         uint4 row[2];
     };
     struct Near { // the same for several threadgroups or turns, so in a cache
-        uint4 x[4];
-        S scales[2][2];
+        uint4 x[kXs];
+        S scales[2][kRuns];
+        float offsets[2][kMiddles];
     };
 
     static uint4 stream(device const uint* from) {
@@ -80,25 +53,20 @@ template <typename Format, typename T, typename S, uint kTokens> struct MmaGemv 
         return uint4(v[0], v[1], v[2], v[3]);
     }
 
-    static uint halves(uint a, uint b, uint which) {
-        uint d;
-        __asm__("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(which));
-        return d;
-    }
+    static void fetch(device const uint* from) { __asm__ volatile("prefetch.global.L2 [%0];" : : "l"(from)); }
 
     static uint join(T a, T b) { return uint(as_type<ushort>(a)) | uint(as_type<ushort>(b)) << 16; }
 
-    // The lane's 32 codes of both rows from weight k on; 0 behind the end.
-    template <bool kAligned>
-    static Codes codes(thread const GemvArguments<T, S>& a, thread const Lane& lane, uint k) {
+    // The lane's codes of both rows from weight k on; 0 behind the end.
+    template <bool kAligned> static Codes codes(thread const Arguments& a, thread const Lane& lane, uint k) {
         Codes q;
         for (uint h = 0; h < 2; ++h) {
             q.row[h] = 0;
             if (kAligned) {
-                if (k < a.K) q.row[h] = stream(lane.codes[h] + k / 8);
+                if (k < a.K) q.row[h] = stream(lane.codes[h] + k / kPerWord);
             } else {
                 for (uint j = 0; j < 4; ++j) {
-                    if (k + 8 * j < a.K) q.row[h][j] = lane.codes[h][k / 8 + j];
+                    if (k + kPerWord * j < a.K) q.row[h][j] = lane.codes[h][k / kPerWord + j];
                 }
             }
         }
@@ -106,88 +74,159 @@ template <typename Format, typename T, typename S, uint kTokens> struct MmaGemv 
     }
 
     template <bool kAligned, bool kFine>
-    static Near near(thread const GemvArguments<T, S>& a, thread const Lane& lane, uint k) {
+    static Near near(thread const Arguments& a, thread const Lane& lane, uint k) {
         Near n;
         for (uint h = 0; h < 2; ++h) {
-            n.scales[h][0] = lane.scales[h][min(k >> a.shift, a.groups - 1)];
-            if (kFine) n.scales[h][1] = lane.scales[h][min((k + 16) >> a.shift, a.groups - 1)];
+            for (uint run = 0; run < (kFine ? uint(kRuns) : 1); ++run) {
+                const uint g = a.group(k + 16 * run);
+                n.scales[h][run] = lane.rows[h].scales[g];
+                if (Q::kAffine) n.offsets[h][run] = GemvMiddle<Q>::offset(lane.rows[h].group(g));
+            }
         }
-        for (uint j = 0; j < 4; ++j) {
+        for (uint j = 0; j < kXs; ++j) {
             n.x[j] = 0;
-            if (lane.reads_x && k + 8 * j < a.K) {
-                device const T* x = lane.x + k + 8 * j;
-                if (kAligned) {
-                    n.x[j] = *(device const uint4*)x;
-                } else {
-                    n.x[j] = uint4(join(x[0], x[1]), join(x[2], x[3]), join(x[4], x[5]), join(x[6], x[7]));
+            if (kAligned) {
+                if (lane.reads_x && k + 8 * j < a.K) n.x[j] = *(device const uint4*)(lane.x + k + 8 * j);
+            } else {
+                for (uint i = 0; i < 8; i += 4) { // a word has four codes or more
+                    if (lane.reads_x && k + 8 * j + i < a.K) {
+                        device const T* x = lane.x + k + 8 * j + i;
+                        n.x[j][i / 2] = join(x[0], x[1]);
+                        n.x[j][i / 2 + 1] = join(x[2], x[3]);
+                    }
                 }
             }
         }
         return n;
     }
 
-    template <bool kFine>
-    static void multiply(thread const Codes& q, thread const Near& n, thread float (&total)[4]) {
-        float d[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (uint j = 0; j < 4; ++j) {
-            uint w[2][4], b[4];
-            const uint4 x = n.x[j]; // codes i and i + 4 of a word are a pair
-            b[0] = halves(x.x, x.z, 0x5410);
-            b[1] = halves(x.x, x.z, 0x7632);
-            b[2] = halves(x.y, x.w, 0x5410);
-            b[3] = halves(x.y, x.w, 0x7632);
-#pragma unroll
-            for (uint h = 0; h < 2; ++h) {
-                Operand::pairs(q.row[h][j], w[h]);
-                if (kFine) {
-                    const T scale = T(float(n.scales[h][j / 2]));
-#pragma unroll
-                    for (uint i = 0; i < 4; ++i) w[h][i] = Operand::scaled(w[h][i], join(scale, scale));
+    // Scales of groups finer than a turn multiply the weights, which are rounded to T as they are when dequantised. A
+    // scale need not be a number that T has: it is divided by a power of two, which multiplies the turn's sums. Lanes
+    // 4 * r ... add to the same sums; their largest scale gives the power.
+    struct Factors {
+        uint scales[2][kRuns], offsets[2][kMiddles]; // pairs
+        float powers[2];
+    };
+    static Factors factors(thread const Near& n) {
+        Factors f;
+        for (uint h = 0; h < 2; ++h) {
+            uint most = 0;
+            for (uint run = 0; run < kRuns; ++run) {
+                most = max(most, as_type<uint>(Q::Scale::value(n.scales[h][run])) & 0x7f800000u);
+                if (Q::kAffine) most = max(most, as_type<uint>(n.offsets[h][run]) & 0x7f800000u);
+            }
+            most = max(most, simd_shuffle_xor(most, ushort(1)));
+            most = min(max(most, simd_shuffle_xor(most, ushort(2))), 252u << 23);
+            f.powers[h] = as_type<float>(most + (1u << 23));
+            const float inverse = as_type<float>((253u << 23) - most);
+            for (uint run = 0; run < kRuns; ++run) {
+                const T scale = T(Q::Scale::value(n.scales[h][run]) * inverse);
+                f.scales[h][run] = join(scale, scale);
+                if (Q::kAffine) {
+                    const T offset = T(n.offsets[h][run] * inverse);
+                    f.offsets[h][run] = join(offset, offset);
                 }
             }
-            Operand::mma(d, w[0][0], w[1][0], w[0][1], w[1][1], b[0], b[1]);
-            Operand::mma(d, w[0][2], w[1][2], w[0][3], w[1][3], b[2], b[3]);
         }
-        const float low = kFine ? 1.0f : float(n.scales[0][0]), high = kFine ? 1.0f : float(n.scales[1][0]);
-        total[0] += low * d[0];
-        total[1] += low * d[1];
-        total[2] += high * d[2];
-        total[3] += high * d[3];
+        return f;
+    }
+
+    // Weights of word j of both rows times x, added to d; where kOnes, x alone is added to sums.
+    template <bool kOnes>
+    static void word(thread const uint (&w)[2][kPerWord / 2], thread const Near& n, uint j,
+                     thread float (&d)[4], thread float (&sums)[4]) {
+        const uint one = join(T(1), T(1));
+        // codes i and i + kPerWord / 2 of a word are a pair
+        uint b[kPerWord / 2];
+        if (kPerWord == 8) {
+            const uint4 x = n.x[j % kXs];
+            b[0] = mma_permute(x.x, x.z, 0x5410);
+            b[1] = mma_permute(x.x, x.z, 0x7632);
+            b[kPerWord / 2 - 2] = mma_permute(x.y, x.w, 0x5410);
+            b[kPerWord / 2 - 1] = mma_permute(x.y, x.w, 0x7632);
+        } else {
+            const uint low = n.x[j / 2][j % 2 * 2], high = n.x[j / 2][j % 2 * 2 + 1];
+            b[0] = mma_permute(low, high, 0x5410);
+            b[1] = mma_permute(low, high, 0x7632);
+        }
+#pragma unroll
+        for (uint i = 0; i < kPerWord / 2; i += 2) {
+            Pair::mma(d, w[0][i], w[1][i], w[0][i + 1], w[1][i + 1], b[i], b[i + 1]);
+            if (kOnes) Pair::mma(sums, one, one, one, one, b[i], b[i + 1]);
+        }
+    }
+
+    template <bool kFine>
+    static void multiply(thread const Codes& q, thread const Near& n, thread float (&total)[4]) {
+        enum : bool { kOnes = Q::kAffine && !kFine };
+        float d[4] = {0, 0, 0, 0}, sums[4] = {0, 0, 0, 0};
+        Factors f;
+        if (kFine) f = factors(n);
+#pragma unroll
+        for (uint j = 0; j < 4; ++j) {
+            uint w[2][kPerWord / 2];
+#pragma unroll
+            for (uint h = 0; h < 2; ++h) {
+                Decode::pairs(q.row[h][j], w[h]);
+                if (kFine) {
+                    const uint run = j * kRuns / 4;
+#pragma unroll
+                    for (uint i = 0; i < kPerWord / 2; ++i) {
+                        const uint plain = Decode::plain(w[h][i]);
+                        w[h][i] = Q::kAffine ? Pair::fma(plain, f.scales[h][run], f.offsets[h][run % kMiddles])
+                                             : Pair::times(plain, f.scales[h][run]);
+                    }
+                }
+            }
+            word<kOnes>(w, n, j, d, sums);
+        }
+#pragma unroll
+        for (uint h = 0; h < 2; ++h) {
+            const float scale = kFine ? f.powers[h] : Q::Scale::value(n.scales[h][0]);
+#pragma unroll
+            for (uint i = 2 * h; i < 2 * h + 2; ++i) {
+                total[i] += scale * d[i];
+                if (kOnes) total[i] += n.offsets[h][0] * sums[i];
+            }
+        }
     }
 
     template <bool kAligned, bool kFine>
-    static void sum(thread const GemvArguments<T, S>& a, thread const Lane& lane, GemvPlace at,
+    static void sum(thread const Arguments& a, thread const Lane& lane, GemvPlace at,
                     thread float (&total)[4]) {
         const uint stride = at.sgs * kStep;
         uint k = at.sgid * kStep + kLane * (at.lane % 4);
-        Codes next = codes<kAligned>(a, lane, k);
+        Codes next;
+        if (!kFine) next = codes<kAligned>(a, lane, k);
         for (uint turn = at.sgid * kStep; turn < a.K; turn += stride) {
+            Codes now = next;
+            if (kFine) now = codes<kAligned>(a, lane, k);
             const Near n = near<kAligned, kFine>(a, lane, k);
-            const Codes now = next;
-            next = codes<kAligned>(a, lane, k + stride);
+            if (!kFine) {
+                next = codes<kAligned>(a, lane, k + stride);
+            } else if (k + stride < a.K) { // registers are short: only to the second-level cache
+                for (uint h = 0; h < 2; ++h) fetch(lane.codes[h] + (k + stride) / kPerWord);
+            }
             multiply<kFine>(now, n, total);
             k += stride;
         }
     }
 
-    static void run(GemvArguments<T, S> a, GemvPlace at, threadgroup Shared& sh) {
+    static void run(Arguments a, GemvPlace at, threadgroup Shared& sh) {
         const uint first = at.tgid.x * kRows, token = at.tgid.y * kTokens;
-        const uint r = at.lane / 4, c = at.lane % 4, words = a.K / 8;
+        const uint r = at.lane / 4, c = at.lane % 4, words = a.K / kPerWord;
         const uint tokens = min(uint(kTokens), a.M - token);
         Lane lane;
         for (uint h = 0; h < 2; ++h) {
             const ulong row = min(first + r + 8 * h, a.N - 1);
             lane.codes[h] = a.codes + row * words;
-            lane.scales[h] = a.scales + row * a.groups;
+            lane.rows[h] = a.row(row);
         }
         lane.reads_x = r < tokens;
         lane.x = a.x + ulong(token + (lane.reads_x ? r : 0)) * a.K;
 
-        // Scales of groups that one turn lies in multiply its sums; scales of finer groups multiply the weights, which
-        // are then rounded to T, as they are when dequantised.
         float total[4] = {0, 0, 0, 0};
-        const bool coarse = a.shift >= 7;
+        const bool coarse = (1u << a.shift) >= kStep; // a turn lies in one group
         if (coarse && a.aligned) {
             sum<true, false>(a, lane, at, total);
         } else if (a.aligned) {
@@ -195,7 +234,7 @@ template <typename Format, typename T, typename S, uint kTokens> struct MmaGemv 
         } else {
             sum<false, true>(a, lane, at, total);
         }
-        const float unit = coarse && a.aligned ? Operand::kUnit : 1.0f;
+        const float unit = (coarse && a.aligned ? Decode::kUnit : 1.0f) * lane.rows[0].factor;
         threadgroup float* to = &sh.sums[at.sgid][r][2 * c];
         to[0] = total[0] * unit;
         to[1] = total[1] * unit;
@@ -212,12 +251,11 @@ template <typename Format, typename T, typename S, uint kTokens> struct MmaGemv 
     }
 };
 
-template <typename Format, typename T, typename S, uint kTokens> struct GemvOf {
-    typedef MmaGemv<Format, T, S, kTokens> type;
+template <typename Q, typename T, uint kTokens> struct GemvOf {
+    typedef MmaGemv<Q, T, kTokens> type;
 };
-template <typename Format, typename S, uint kTokens> struct GemvOf<Format, float, S, kTokens> {
-    typedef SimdGemv<Format, float, S, kTokens> type;
+template <typename Q, uint kTokens> struct GemvOf<Q, float, kTokens> {
+    typedef SimdGemv<Q, float, kTokens> type;
 };
-template <typename Format, typename T, typename S, uint kTokens>
-using Gemv = typename GemvOf<Format, T, S, kTokens>::type;
+template <typename Q, typename T, uint kTokens> using Gemv = typename GemvOf<Q, T, kTokens>::type;
 #endif

@@ -1,0 +1,151 @@
+"""Products with quantised weights for many tokens: TFLOP/s, beside torch with dense weights of the same dtype.
+
+    python bench/gemm.py [--device cuda] [--dtype half bf16 f32] [--format fp4 int4] [--tokens 16 128 512 4096]
+                         [--shapes large smollm2 4096x14336] [--group 128] [--kernel marlin_gemm_fp4_single_stage]
+                         [--precompile cuda:sm_90a=DIR]
+
+Correctness comes first, on the data that is timed. A shape is NxK or the name of a model's shapes. `linear` is what
+users call; up to 64 tokens the matrix-vector kernel is timed too: where the two cross is what FEW_TOKENS of
+ops/linear.py should say. `dense` is torch.matmul with dequantised weights. Buffers rotate past the last-level cache;
+on NVIDIA GPUs the launches are a CUDA graph's. --precompile only compiles the kernels used here into DIR, for a machine
+without a compiler that has METAL_MARLIN_ROWS=DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+import torch
+from common import (
+    Candidate,
+    graph_times,
+    host_times,
+    require_correct,
+    save,
+    sets_needed,
+    synchronize,
+    table,
+    usable_devices,
+)
+
+from metal_marlin import MetalKernelLibrary
+from metal_marlin.formats import CODECS, codec
+from metal_marlin.msl.target import Target
+from metal_marlin.ops import linear_decode, marlin_gemm
+from metal_marlin.ops.linear import linear
+from metal_marlin.ops.marlin_gemm import CASES, Case
+from metal_marlin.runtime.cache import RowCache
+
+DTYPES = {"half": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+LIMITS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
+GOAL = {"cpu": 0.5, "cuda": 0.3}  # share of dense at 128 tokens and more; the second without wgmma
+
+
+def precompile(option: str) -> None:
+    """Compile every row of both families for TARGET into DIR."""
+    text, _, folder = option.partition("=")
+    for family in (marlin_gemm.FAMILY, linear_decode.FAMILY):
+        library = MetalKernelLibrary(family, target=Target.parse(text), cache=RowCache(folder))
+        for name in library.kernels:
+            library.compile(name)
+
+
+def shapes(asked: list[str]) -> list[Case]:
+    """Cases named by a model, or given as NxK."""
+    found: list[Case] = []
+    for name in asked:
+        size = re.fullmatch(r"(\d+)x(\d+)", name)
+        if size:
+            found.append(Case(512, int(size[1]), int(size[2]), model="asked"))
+        else:
+            found += [case for case in CASES if case.model == name]
+    return found
+
+
+def group_of(name: str, group: int) -> int:
+    return {"mxfp4": 32, "nvfp4": 16}.get(name, group)
+
+
+def candidates(case: Case, device: str, sets: int, kernels: list[str]) -> tuple[dict[str, Candidate], float]:
+    """What to time, and the largest error of ours."""
+    data = [case.tensors(device, seed) for seed in range(sets)]
+    outs = [d[0].new_full((case.M, case.N), float("nan")) for d in data]
+    form = codec(case.format)
+    options = {"format": case.format, "zeros": case.zeros}
+
+    def ours(kernel: str | None) -> Candidate:
+        def run(i: int) -> None:
+            x, codes, scales, extra = data[i]
+            linear(x, codes, scales, case.group, extra=extra, kernel=kernel, out=outs[i], **options)
+
+        return run
+
+    found: dict[str, Candidate] = {"linear": ours(None), **{k: ours(k) for k in kernels}}
+    dense = [form.decode(*d[1:], case.group, case.zeros, case.dtype) for d in data[:2]]
+    error = 0.0
+    for i in {0, min(1, sets - 1)}:
+        wanted = data[i][0].float() @ dense[i].float().T
+        for name, call in found.items():
+            outs[i].fill_(float("nan"))
+            call(i)
+            synchronize(device)
+            error = max(error, require_correct(f"{case} {name}", outs[i], wanted, LIMITS[case.dtype]))
+    found["dense"] = lambda i: torch.matmul(data[i][0], dense[i % len(dense)].T, out=outs[i])
+    return found, error
+
+
+def measure(case: Case, device: str, kernels: list[str]) -> list[tuple[str, ...]]:
+    operations = 2 * case.M * case.N * case.K
+    moved = case.N * case.K * codec(case.format).bits // 8 + case.M * (case.N + case.K) * case.dtype.itemsize
+    sets = sets_needed(moved, device, most=8)
+    calls, error = candidates(case, device, sets, kernels)
+    if device.startswith("cuda"):
+        times = graph_times(calls, device, inner=max(16, sets), sets=sets)
+    else:
+        inner = max(1, min(64, int(1e10 / operations)))
+        times = host_times(calls, device, inner=inner, rounds=15, sets=sets)
+    rows: list[tuple[str, ...]] = []
+    for name, t in times.items():
+        dense = name == "dense"
+        save("gemm", str(case), name, t, device, operations=operations, error=None if dense else error)
+        share = times["dense"].median / t.median
+        goal = None if dense or case.M < 128 else GOAL.get(device.partition(":")[0])
+        verdict = "" if goal is None else f"{'PASS' if share >= goal else 'BELOW'} (≥ {goal:g})"
+        figures = (f"{t.median:.1f}", f"{t.p20:.1f}", f"{t.p80:.1f}", f"{t.tflop_per_s(operations):.3f}")
+        rows.append((str(case), name, *figures, f"{share:.2f}", "" if dense else f"{error:.1e}", verdict))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; all that work here by default")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="activations and scales; half, on a cpu f32")
+    parser.add_argument("--format", nargs="+", choices=CODECS, default=["fp4"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[16, 128, 512])
+    parser.add_argument("--shapes", nargs="+", default=["large"], help="large, smollm2, NxK")
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--kernel", nargs="+", default=[], help="variants to time as well")
+    parser.add_argument("--precompile", metavar="TARGET=DIR", help="only compile for TARGET into DIR")
+    options = parser.parse_args()
+    if options.precompile:
+        precompile(options.precompile)
+        return
+    heading = ("case", "candidate", "µs", "p20", "p80", "TFLOP/s", "of dense", "error", "goal")
+    for device in usable_devices(options.device):
+        rows: list[tuple[str, ...]] = []
+        for shape in shapes(options.shapes):
+            for name in options.format:
+                zeros = codec(name).zero_kinds[0]
+                for dtype in options.dtype or (["f32"] if device == "cpu" else ["half"]):
+                    for tokens in options.tokens:
+                        group = group_of(name, options.group)
+                        case = Case(tokens, shape.N, shape.K, group, DTYPES[dtype], None, name, zeros, shape.model)
+                        kernels = [f"marlin_gemm_{name}", *(k for k in options.kernel if f"_{name}" in k)]
+                        kernels += [f"decode_gemv_{name}_batched"] if tokens <= 64 else []
+                        rows += measure(case, device, kernels)
+        table(device, [heading, *rows])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Shapes and data of linear_decode for tests and bench: every format, tails, group sizes, dtypes, model shapes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from metal_marlin.formats import codec
+
+# torch dtype -> how row names say it
+KEYS = {torch.float16: "half", torch.bfloat16: "bf16", torch.float32: "f32"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """x [M, K] · W [N, K]ᵀ, group size g, W in ``format`` with ``zeros``."""
+
+    M: int
+    N: int
+    K: int
+    group: int = 128
+    dtype: torch.dtype = torch.float16
+    scale_dtype: torch.dtype | None = None  # None: as dtype; formats with scales of their own ignore it
+    format: str = "fp4"
+    zeros: str = "none"
+    model: str = ""  # whose shape it is, for the bench
+
+    def __str__(self) -> str:
+        name = "" if self.format == "fp4" else f"-{self.format}"
+        zeros = "" if self.zeros == "none" else f"-z{self.zeros}"
+        scales = "" if self.scale_dtype is None else f"-s{KEYS[self.scale_dtype]}"
+        return f"{self.M}x{self.N}x{self.K}-g{self.group}-{KEYS[self.dtype]}{scales}{name}{zeros}"
+
+    @property
+    def scales_in(self) -> torch.dtype:
+        """The dtype of the scales."""
+        return (self.scale_dtype or self.dtype) if codec(self.format).scale_kind == "float" else torch.uint8
+
+    def tensors(
+        self, device: str = "cpu", seed: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """x, codes, scales, extra: every finite code occurs, scales and zeros vary by group as a model's do."""
+        rng = torch.Generator().manual_seed(seed)
+        form = codec(self.format)
+        groups = form.groups_of(self.K, self.group)
+        x = torch.randn(self.M, self.K, generator=rng).to(self.dtype)
+        finite = torch.tensor([i for i, v in enumerate(form.values) if math.isfinite(v)], dtype=torch.uint8)
+        codes = finite[torch.randint(0, len(finite), (self.N, self.K), generator=rng)]
+        size = torch.rand(self.N, groups, generator=rng)
+        extra: torch.Tensor | None = None
+        if form.scale_kind == "e8m0":
+            scales = (118 + 5 * size).to(torch.uint8)
+        elif form.scale_kind == "e4m3":
+            scales, extra = (40 + 40 * size).to(torch.uint8), torch.tensor([0.003])
+        else:
+            largest = max(abs(v) for v in form.values if math.isfinite(v))
+            scales = ((0.012 + 0.12 * size) / largest).to(self.scales_in)
+            extra = self._zeros(scales, form.bits, rng)
+        words = form.pack(codes)
+        return x.to(device), words.to(device), scales.to(device), None if extra is None else extra.to(device)
+
+    def _zeros(self, scales: torch.Tensor, bits: int, rng: torch.Generator) -> torch.Tensor | None:
+        size = torch.rand(scales.shape, generator=rng)
+        if self.zeros == "point":
+            return (size * (2**bits - 1)).to(scales.dtype)
+        if self.zeros == "bias":
+            return (scales.float() * -(2**bits) * (0.3 + 0.4 * size)).to(scales.dtype)
+        if self.zeros == "packed":
+            per = 32 // bits
+            each = torch.nn.functional.pad((size * 2**bits).long(), (0, -scales.shape[1] % per))
+            words = (each.unflatten(1, (-1, per)) << torch.arange(0, 32, bits)).sum(-1)
+            return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+        return None
+
+
+_DTYPES = tuple(KEYS)
+_FLOAT_SCALES = (
+    ("int4", "none"),
+    ("int4", "point"),
+    ("int4", "packed"),
+    ("int4", "bias"),
+    ("int8", "none"),
+    ("uint8", "point"),
+    ("uint8", "packed"),
+    ("uint8", "bias"),
+    ("fp8_e4m3", "none"),
+    ("fp8_e5m2", "none"),
+)
+
+
+def _fp4() -> list[Case]:
+    return [
+        *(Case(1, 64, 512, dtype=d, scale_dtype=s) for d in _DTYPES for s in _DTYPES),
+        *(Case(1, 37, 512, g, d) for g in (16, 32, 64, 128, 256, 512) for d in _DTYPES),
+        *(Case(1, 5, K, 128, d) for K in (8, 24, 120, 128, 136, 176, 1000, 1056) for d in _DTYPES),
+        *(Case(1, 16, K, K, d) for K in (8, 40, 136, 608) for d in _DTYPES),
+        *(Case(1, 3, K, 16, d) for K in (24, 104, 488, 528) for d in _DTYPES),
+        *(Case(1, N, 256, 64, d) for N in (1, 3, 4, 15, 16, 17, 257) for d in _DTYPES),
+        *(Case(M, 33, 416, 32, d) for M in (2, 3, 7, 8, 9, 17) for d in _DTYPES),
+        *(Case(M, 31, 1016, 128, d) for M in (2, 8) for d in _DTYPES),
+        *(Case(1, 9, 576, 64, d) for d in _DTYPES),
+        Case(1, 8, 17408, 128),
+        Case(1, 8, 16448, 64),
+        Case(2, 600, 256, 128),
+    ]
+
+
+def _others() -> list[Case]:
+    """Few dtypes a format, because each is a kernel to compile: tails, one group, more than 32 groups, many tokens."""
+    found: list[Case] = []
+    for i, (name, zeros) in enumerate(_FLOAT_SCALES):
+        odd = codec(name).per_word
+        one, other, third = (_DTYPES[(i + j) % 3] for j in range(3))
+        found += [
+            *(Case(1, 37, 640, g, one, format=name, zeros=zeros) for g in (16, 32, 64, 128, 256)),
+            *(Case(1, 5, K, 32, one, format=name, zeros=zeros) for K in (odd, 48 + odd, 624, 1000 + odd)),
+            *(Case(1, 6, K, K, one, format=name, zeros=zeros) for K in (odd, 136 + odd, 608)),
+            Case(1, 7, 576, 64, one, format=name, zeros=zeros),
+            *(Case(M, 33, 416 + odd, 32, other, format=name, zeros=zeros) for M in (2, 8, 11)),
+            Case(3, 19, 640, 128, other, format=name, zeros=zeros),
+            Case(1, 33, 256, 64, third, one, name, zeros),
+        ]
+    found += [Case(1, 5, 16640, 128, torch.bfloat16, format="int4", zeros="point")]
+    for name, g in (("mxfp4", 32), ("nvfp4", 16)):
+        for d in _DTYPES:
+            found += [Case(1, N, K, g, d, format=name) for N, K in ((6, 32), (5, 576), (37, 640), (3, 1056))]
+        found += [Case(M, 33, 416, g, d, format=name) for M, d in ((2, torch.bfloat16), (9, torch.bfloat16))]
+    return found
+
+
+def _models() -> list[Case]:
+    large = ((4096, 14336), (14336, 4096), (4096, 4096))
+    # q and o, k and v, gate and up together, down, head
+    small = ((576, 576), (192, 576), (960, 576), (3072, 576), (576, 1536), (49152, 576))
+    return [
+        *(Case(1, N, K, 128, model="large") for N, K in large),
+        *(Case(1, N, K, 64, torch.float32, torch.float16, model="smollm2") for N, K in small),
+    ]
+
+
+CASES: tuple[Case, ...] = (*_fp4(), *_others(), *_models())

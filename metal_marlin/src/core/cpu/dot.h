@@ -1,0 +1,268 @@
+#pragma once
+// Products of codes and activations on the cpu. A step is 16 words, 64 bytes, of several rows. What a Dot has:
+//   kStep, kStored   weights a step; vectors of type Stored that hold as many elements of x in the order that it needs
+//   kUnit            products are so much too small, which is left to the scales
+//   order(x, to)     makes them of elements converted to float
+//   Scales           what add() needs to know of a step's scales
+//   add(...)         total[r][m] += scale * (value - middle) * x over the step
+#ifdef __METAL_MARLIN_CPU__
+#include "core/cpu/wide.h"
+
+struct INT8;
+struct UINT8;
+struct FP8E4M3;
+struct FP8E5M2;
+
+// Which of the step's scales, counted from its first one, a word has; one: all have the first.
+struct WideScales {
+    WideBits which;
+    bool one;
+};
+
+// A step of kRows rows: their codes, and their scales from the step's first one on (eight can be read).
+template <uint kRows> struct WideStep {
+    const void* codes[kRows];
+    const float* scales[kRows];
+};
+
+// Four-bit codes: lane j has the sums of word j, and its scale.
+template <typename Dot, uint kRows, uint kTokens> struct WideWords {
+    static void add(typename Dot::Table table, thread const WideStep<kRows>& step, thread const WideScales& s,
+                    thread const typename Dot::Stored* x, uint stride, thread Wide (&total)[kRows][kTokens]) {
+        WideBits q[kRows];
+        Wide part[kRows][kTokens];
+#pragma unroll
+        for (uint r = 0; r < kRows; ++r) q[r] = wide_load<WideBits>(step.codes[r]);
+        Dot::multiply(table, q, x, stride, part);
+#pragma unroll
+        for (uint r = 0; r < kRows; ++r) {
+            const Wide scale = wide_lookup8(wide_load<HalfWide>(step.scales[r]), s.which);
+#pragma unroll
+            for (uint m = 0; m < kTokens; ++m) total[r][m] += part[r][m] * scale;
+        }
+    }
+};
+
+typedef float WideRow __attribute__((ext_vector_type(128)));
+
+// Code i of all words is one vector: shift, look-up, multiply-add.
+template <typename Format, typename T> struct WideLookup {
+    enum : uint { kStep = 128, kStored = 8 };
+    static constexpr constant float kUnit = 1;
+    typedef Wide Stored, Table;
+    Table table;
+
+    WideLookup(float middle) {
+        for (uint code = 0; code < 16; ++code) table[code] = Format::value(code) - middle;
+    }
+    template <int i> static void column(WideRow x, thread Stored* to) {
+        to[i] = __builtin_shufflevector(x, x, i, i + 8, i + 16, i + 24, i + 32, i + 40, i + 48, i + 56,
+                                        i + 64, i + 72, i + 80, i + 88, i + 96, i + 104, i + 112, i + 120);
+    }
+    static void order(thread const float* from, thread Stored* to) {
+        const WideRow x = wide_load<WideRow>(from);
+        column<0>(x, to), column<1>(x, to), column<2>(x, to), column<3>(x, to);
+        column<4>(x, to), column<5>(x, to), column<6>(x, to), column<7>(x, to);
+    }
+    template <uint kRows, uint kTokens>
+    static void multiply(Table table, thread const WideBits (&q)[kRows], thread const Stored* x, uint stride,
+                         thread Wide (&sums)[kRows][kTokens]) {
+#pragma unroll
+        for (uint i = 0; i < 8; ++i) {
+            Wide w[kRows];
+#pragma unroll
+            for (uint r = 0; r < kRows; ++r) w[r] = wide_lookup(table, q[r] >> (4 * i));
+#pragma unroll
+            for (uint m = 0; m < kTokens; ++m) {
+                const Wide v = x[m * stride + i];
+#pragma unroll
+                for (uint r = 0; r < kRows; ++r) sums[r][m] = i == 0 ? w[r] * v : sums[r][m] + w[r] * v;
+            }
+        }
+    }
+    template <uint kRows, uint kTokens>
+    void add(thread const WideStep<kRows>& step, thread const WideScales& s, thread const Stored* x,
+             uint stride, thread Wide (&total)[kRows][kTokens]) const {
+        WideWords<WideLookup, kRows, kTokens>::add(table, step, s, x, stride, total);
+    }
+};
+
+#if defined(__AVX512BF16__)
+typedef bfloat WideBfloats __attribute__((ext_vector_type(32)));
+
+// Codes i and i + 4 of all words are one vector of bfloat pairs, which an instruction multiplies and adds in float. A
+// half is exactly the sum of two bfloats, and every weight is a bfloat: products are exact.
+template <typename Format, uint kParts> struct WidePairs {
+    enum : uint { kStep = 128, kStored = 4 * kParts };
+    static constexpr constant float kUnit = 1;
+    typedef WideBfloats Stored;
+    typedef short Table __attribute__((vector_size(64)));
+    Table table;
+
+    WidePairs(float middle) {
+        for (uint i = 0; i < 32; ++i) table[i] = as_type<short>(bfloat(Format::value(i & 15) - middle));
+    }
+    template <int i> static void column(WideRow x, thread Stored* to) {
+        typedef float Pairs __attribute__((ext_vector_type(32)));
+        Pairs v = __builtin_shufflevector(
+            x, x, i, i + 4, i + 8, i + 12, i + 16, i + 20, i + 24, i + 28, i + 32, i + 36, i + 40, i + 44,
+            i + 48, i + 52, i + 56, i + 60, i + 64, i + 68, i + 72, i + 76, i + 80, i + 84, i + 88, i + 92,
+            i + 96, i + 100, i + 104, i + 108, i + 112, i + 116, i + 120, i + 124);
+#pragma unroll
+        for (uint part = 0; part < kParts; ++part) {
+            to[i * kParts + part] = __builtin_convertvector(v, WideBfloats);
+            v -= __builtin_convertvector(to[i * kParts + part], Pairs);
+        }
+    }
+    static void order(thread const float* from, thread Stored* to) {
+        const WideRow x = wide_load<WideRow>(from);
+        column<0>(x, to), column<1>(x, to), column<2>(x, to), column<3>(x, to);
+    }
+
+    template <uint kRows, uint kTokens>
+    static void multiply(Table table, thread const WideBits (&q)[kRows], thread const Stored* x, uint stride,
+                         thread Wide (&sums)[kRows][kTokens]) {
+        typedef float Floats __attribute__((vector_size(64)));
+        typedef bfloat Bfloats __attribute__((vector_size(64)));
+        typedef ushort WideShorts __attribute__((ext_vector_type(32)));
+#pragma unroll
+        for (uint i = 0; i < 4; ++i) {
+            Bfloats w[kRows];
+#pragma unroll
+            for (uint r = 0; r < kRows; ++r) {
+                const WideShorts codes = __builtin_bit_cast(WideShorts, q[r]) >> (ushort)(4 * i);
+                w[r] = __builtin_bit_cast(
+                    Bfloats, __builtin_ia32_permvarhi512(table, __builtin_bit_cast(Table, codes)));
+            }
+#pragma unroll
+            for (uint m = 0; m < kTokens; ++m) {
+#pragma unroll
+                for (uint part = 0; part < kParts; ++part) {
+                    const Bfloats v = __builtin_bit_cast(Bfloats, x[m * stride + i * kParts + part]);
+#pragma unroll
+                    for (uint r = 0; r < kRows; ++r) {
+                        const Wide before = i == 0 && part == 0 ? (Wide)0.0f : sums[r][m];
+                        sums[r][m] = __builtin_bit_cast(
+                            Wide, __builtin_ia32_dpbf16ps_512(__builtin_bit_cast(Floats, before), v, w[r]));
+                    }
+                }
+            }
+        }
+    }
+    template <uint kRows, uint kTokens>
+    void add(thread const WideStep<kRows>& step, thread const WideScales& s, thread const Stored* x,
+             uint stride, thread Wide (&total)[kRows][kTokens]) const {
+        WideWords<WidePairs, kRows, kTokens>::add(table, step, s, x, stride, total);
+    }
+};
+#endif
+
+// 16 codes of eight bits as floats, less the middle of unsigned ones. FP8 codes become halves, whose subnormals are exact.
+typedef uchar WideBytes __attribute__((ext_vector_type(16)));
+typedef char WideSigned __attribute__((ext_vector_type(16)));
+typedef ushort WideHalfBits __attribute__((ext_vector_type(16)));
+typedef half WideHalves __attribute__((ext_vector_type(16)));
+
+template <typename Format> struct WideValues;
+template <> struct WideValues<INT8> {
+    static constexpr constant float kUnit = 1;
+    static Wide of(WideBytes q) { return __builtin_convertvector(__builtin_bit_cast(WideSigned, q), Wide); }
+};
+template <> struct WideValues<UINT8> {
+    static constexpr constant float kUnit = 1;
+    static Wide of(WideBytes q) { return WideValues<INT8>::of(q ^ (uchar)0x80); }
+};
+template <> struct WideValues<FP8E5M2> {
+    static constexpr constant float kUnit = 1;
+    static Wide of(WideBytes q) {
+        const WideHalfBits h = __builtin_convertvector(q, WideHalfBits) << (ushort)8;
+        return __builtin_convertvector(__builtin_bit_cast(WideHalves, h), Wide);
+    }
+};
+template <> struct WideValues<FP8E4M3> {
+    static constexpr constant float kUnit = 256; // what it leaves to the scale
+    // NaN has all seven bits set: one more carries into a half's highest exponent bit.
+    static Wide of(WideBytes q) {
+        typedef short Shorts __attribute__((ext_vector_type(16)));
+        const Shorts s = __builtin_convertvector(__builtin_bit_cast(WideSigned, q), Shorts);
+        const WideHalfBits h = (__builtin_bit_cast(WideHalfBits, s) << (ushort)7) & (ushort)0xbf80;
+        const WideHalfBits nan = (h + (ushort)0x80) & (ushort)0x4000;
+        return __builtin_convertvector(__builtin_bit_cast(WideHalves, h | nan), Wide);
+    }
+};
+
+// Eight-bit codes in the order of memory: 16 of them have one scale.
+template <typename Format, typename T> struct WideChunks {
+    enum : uint { kStep = 64, kStored = 4 };
+    static constexpr constant float kUnit = WideValues<Format>::kUnit;
+    typedef Wide Stored;
+
+    WideChunks(float) {}
+    static void order(thread const float* from, thread Stored* to) {
+        for (uint i = 0; i < 4; ++i) to[i] = wide_load<Wide>(from + 16 * i);
+    }
+    template <uint kRows, uint kTokens>
+    void add(thread const WideStep<kRows>& step, thread const WideScales& s, thread const Stored* x,
+             uint stride, thread Wide (&total)[kRows][kTokens]) const {
+        Wide part[kRows][kTokens];
+#pragma unroll
+        for (uint i = 0; i < 4; ++i) {
+#pragma unroll
+            for (uint r = 0; r < kRows; ++r) {
+                Wide w = WideValues<Format>::of(wide_load<WideBytes>((const char*)step.codes[r] + 16 * i));
+                if (!s.one) w *= (Wide)step.scales[r][s.which[4 * i]];
+#pragma unroll
+                for (uint m = 0; m < kTokens; ++m) {
+                    const Wide v = x[m * stride + i];
+                    part[r][m] = i == 0 ? w * v : part[r][m] + w * v;
+                }
+            }
+        }
+#pragma unroll
+        for (uint r = 0; r < kRows; ++r) {
+            const Wide scale = s.one ? (Wide)step.scales[r][0] : (Wide)1.0f;
+#pragma unroll
+            for (uint m = 0; m < kTokens; ++m) total[r][m] += part[r][m] * scale;
+        }
+    }
+};
+
+// Eight scales as they are stored, as floats.
+template <typename Scale> struct WideScale;
+template <typename S> struct WideScale<FloatScale<S>> {
+    typedef S Stored __attribute__((ext_vector_type(8)));
+    static HalfWide of(Stored s) { return __builtin_convertvector(s, HalfWide); }
+};
+template <> struct WideScale<E8M0> {
+    typedef uchar Stored __attribute__((ext_vector_type(8)));
+    static HalfWide of(Stored s) { // 2^-127 and NaN have the highest bit of a mantissa
+        typedef uint Bits __attribute__((ext_vector_type(8)));
+        const Bits e = __builtin_convertvector(s, Bits);
+        const Bits odd = __builtin_bit_cast(Bits, (e == 0u) | (e == 255u)) & 0x00400000u;
+        return __builtin_bit_cast(HalfWide, e << 23u | odd);
+    }
+};
+template <> struct WideScale<E4M3> {
+    typedef uchar Stored __attribute__((ext_vector_type(8)));
+    static HalfWide of(Stored s) {
+        const WideBytes both = __builtin_shufflevector(s, s, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+        return WideValues<FP8E4M3>::of(both).lo * WideValues<FP8E4M3>::kUnit;
+    }
+};
+
+template <typename Format, typename T, uint kBits> struct WideDotOf;
+template <typename Format, typename T> struct WideDotOf<Format, T, 4> {
+    typedef WideLookup<Format, T> type;
+};
+#if defined(__AVX512BF16__)
+template <typename Format> struct WideDotOf<Format, bfloat, 4> {
+    typedef WidePairs<Format, 1> type;
+};
+template <typename Format> struct WideDotOf<Format, half, 4> {
+    typedef WidePairs<Format, 2> type;
+};
+#endif
+template <typename Format, typename T> struct WideDotOf<Format, T, 8> {
+    typedef WideChunks<Format, T> type;
+};
+#endif

@@ -1,0 +1,189 @@
+#pragma once
+#if defined(__METAL_MARLIN_CPU__) && METAL_MARLIN_LANES != 1
+template <typename W, typename T, typename Schedule, typename Epilogue>
+using Gemm = TileGemm<W, T, Schedule, Epilogue>;
+#endif
+
+#if defined(__METAL_MARLIN_CPU__) && METAL_MARLIN_LANES == 1
+#include "core/cpu/wide.h"
+
+// Values of code i of 16 words.
+template <typename Format, uint kBits> struct WideCodes { // arithmetic, lane by lane
+    Wide of(WideBits words, uint i) const {
+        uint code[16];
+        float value[16];
+        wide_store(code, (words >> (i * kBits)) & ((1u << kBits) - 1));
+        for (uint l = 0; l < 16; ++l) value[l] = Format::value(code[l]);
+        return wide_load<Wide>(value);
+    }
+};
+template <typename Format> struct WideCodes<Format, 4> {
+    Wide table;
+    WideCodes() {
+        for (uint code = 0; code < 16; ++code) table[code] = Format::value(code);
+    }
+    Wide of(WideBits words, uint i) const { return wide_lookup(table, words >> (i * 4)); }
+};
+
+// Rows of 16 x 16 words become columns: blocks of s x s beside the diagonal change places.
+constexpr int wide_from_left(int lane, int s) { return lane & s ? 16 + lane - s : lane; }
+constexpr int wide_from_right(int lane, int s) { return lane & s ? 16 + lane : lane + s; }
+#define WIDE_LANES(from, s)                                                                                  \
+    from(0, s), from(1, s), from(2, s), from(3, s), from(4, s), from(5, s), from(6, s), from(7, s),          \
+        from(8, s), from(9, s), from(10, s), from(11, s), from(12, s), from(13, s), from(14, s), from(15, s)
+template <int s> static inline void wide_exchange(thread WideBits (&q)[16]) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        if (i & s) continue;
+        const WideBits a = q[i], b = q[i + s];
+        q[i] = __builtin_shufflevector(a, b, WIDE_LANES(wide_from_left, s));
+        q[i + s] = __builtin_shufflevector(a, b, WIDE_LANES(wide_from_right, s));
+    }
+}
+#undef WIDE_LANES
+static inline void wide_transpose(thread WideBits (&q)[16]) {
+    wide_exchange<8>(q), wide_exchange<4>(q), wide_exchange<2>(q), wide_exchange<1>(q);
+}
+
+// One lane. A threadgroup takes `rows` rows of W for `tokens` tokens. Of kDepth weights at a time, a panel of kPanel rows
+// is decoded to float, 16 rows a vector, and multiplied with all the tokens: kTokens x kVectors sums stay in registers
+// along the panel. Weights are not rounded; there is nothing to fetch ahead, so every schedule is this one.
+template <typename W, typename T, typename Schedule, typename Epilogue> struct PanelGemm {
+    typedef typename W::Format Format;
+    enum : uint {
+#if defined(__AVX512F__)
+        kVectors = 4, // of 32 registers, 24 for sums
+#else
+        kVectors = 1,
+#endif
+        kPanel = 16 * kVectors,
+        kTokens = 6,
+        kDepth = 256,
+        kStride = kDepth + 16, // rows of x begin in different sets of a cache
+        kMostTokens = 256,
+        kMostRows = 64,
+        kPerWord = Format::kPerWord
+    };
+    static_assert(kDepth % (16 * kPerWord) == 0, "PanelGemm: words are decoded 16 at a time");
+    struct Shared {
+        uint nothing;
+    };
+    struct alignas(64) Block {
+        float w[kDepth][kPanel];
+        float sums[kMostTokens][kMostRows];
+        float x[kMostTokens][kStride];
+    };
+    // Scales of 16 rows.
+    struct Groups {
+        Wide scale, zero, bias;
+    };
+
+    static void run(GemmArguments<W, T> a, GemmPlace at, threadgroup Shared&, Epilogue epilogue) {
+        const uint row = at.tgid.x * a.rows, rows = min(a.rows, a.N - row);
+        const uint token = at.tgid.y * a.tokens, tokens = min(a.tokens, a.M - token);
+        const WideCodes<Format, Format::kBits> codes;
+        Block block;
+        for (uint k = 0; k < a.K; k += kDepth) {
+            const uint depth = min(uint(kDepth), a.K - k);
+            for (uint m = 0; m < tokens; ++m) {
+                device const T* x = a.x + ulong(token + m) * a.K + k;
+                for (uint i = 0; i < depth; ++i) block.x[m][i] = float(x[i]);
+            }
+            for (uint r = 0; r < rows; r += kPanel) {
+                decode(a, codes, row + r, k, depth, block);
+                uint m = 0;
+                for (; m + kTokens <= tokens; m += kTokens) multiply<kTokens>(block, m, r, depth, k == 0);
+                for (; m + 2 <= tokens; m += 2) multiply<2>(block, m, r, depth, k == 0);
+                for (; m < tokens; ++m) multiply<1>(block, m, r, depth, k == 0);
+            }
+        }
+        for (uint m = 0; m < tokens; ++m) {
+            device T* y = a.y + ulong(token + m) * a.N + row;
+            for (uint r = 0; r < rows; ++r) y[r] = T(epilogue.apply(block.sums[m][r], token + m, row + r));
+        }
+    }
+
+    static void groups(thread const typename W::Row (&rows)[16], uint g, thread Groups& to) {
+        float scale[16], zero[16], bias[16];
+        for (uint r = 0; r < 16; ++r) {
+            const typename W::Group group = rows[r].group(g);
+            scale[r] = group.scale, zero[r] = group.zero, bias[r] = group.bias;
+        }
+        to.scale = wide_load<Wide>(scale), to.zero = wide_load<Wide>(zero), to.bias = wide_load<Wide>(bias);
+    }
+
+    // Weights k0 ... k0 + depth of kPanel rows; behind the last row it is that one again.
+    static void decode(thread const GemmArguments<W, T>& a,
+                       thread const WideCodes<Format, Format::kBits>& codes, uint row, uint k0, uint depth,
+                       thread Block& block) {
+        const uint words = depth / kPerWord;
+        for (uint v = 0; v < kVectors; ++v) {
+            typename W::Row rows[16];
+            device const uint* from[16];
+            for (uint r = 0; r < 16; ++r) {
+                const ulong n = min(row + 16 * v + r, a.N - 1);
+                rows[r] = a.row(n);
+                from[r] = a.codes + n * (a.K / kPerWord) + k0 / kPerWord;
+            }
+            Groups g;
+            uint group = ~0u;
+            for (uint j0 = 0; j0 < words; j0 += 16) {
+                const uint count = min(16u, words - j0);
+                WideBits q[16];
+                for (uint r = 0; r < 16; ++r) {
+                    q[r] = 0;
+                    if (count == 16)
+                        q[r] = wide_load<WideBits>(from[r] + j0);
+                    else
+                        __builtin_memcpy(&q[r], from[r] + j0, count * sizeof(uint));
+                }
+                wide_transpose(q);
+                for (uint j = 0; j < count; ++j) {
+                    const uint k = (j0 + j) * kPerWord, now = a.group(k0 + k);
+                    if (now != group) groups(rows, group = now, g);
+#pragma unroll
+                    for (uint i = 0; i < kPerWord; ++i) {
+                        Wide w = codes.of(q[j], i);
+                        if (W::kZero) w -= g.zero;
+                        w *= g.scale;
+                        if (W::kBias) w += g.bias;
+                        wide_store(&block.w[k + i][16 * v], w);
+                    }
+                }
+            }
+        }
+    }
+
+    // Sums of a panel are added to those before them: shorter sums are more accurate.
+    template <uint kCount> static void multiply(thread Block& block, uint m, uint r, uint depth, bool first) {
+        Wide sums[kCount][kVectors];
+#pragma unroll
+        for (uint t = 0; t < kCount; ++t) {
+#pragma unroll
+            for (uint v = 0; v < kVectors; ++v) sums[t][v] = 0;
+        }
+        for (uint k = 0; k < depth; ++k) {
+            Wide w[kVectors];
+#pragma unroll
+            for (uint v = 0; v < kVectors; ++v) w[v] = wide_load<Wide>(&block.w[k][16 * v]);
+#pragma unroll
+            for (uint t = 0; t < kCount; ++t) {
+                const Wide x = (Wide)block.x[m + t][k];
+#pragma unroll
+                for (uint v = 0; v < kVectors; ++v) sums[t][v] += w[v] * x;
+            }
+        }
+#pragma unroll
+        for (uint t = 0; t < kCount; ++t) {
+#pragma unroll
+            for (uint v = 0; v < kVectors; ++v) {
+                thread float* to = &block.sums[m + t][r + 16 * v];
+                wide_store(to, first ? sums[t][v] : wide_load<Wide>(to) + sums[t][v]);
+            }
+        }
+    }
+};
+
+template <typename W, typename T, typename Schedule, typename Epilogue>
+using Gemm = PanelGemm<W, T, Schedule, Epilogue>;
+#endif

@@ -1,0 +1,86 @@
+#pragma once
+// Matrix-matrix core: y[m, n] = sum over k of x[m, k] * w[n, k], where w = scale * (value(code) - zero) + bias.
+// Weights are the left operand; sums are float and y is rounded once.
+//
+//   x       T     [M, K]
+//   codes   uint  [N, K / kPerWord]       words of W::Format, row-major
+//   scales  S     [N, ceil(K / group)]    group: 16, 32, 64, 128, ... or K
+//   extra   E     what W::Extra says
+//   y       T     [M, N]
+//
+// Gemm<W, T, Schedule, Epilogue> is the device's pipeline. W: a Quantized (formats/quantized.h).
+//   apple, nvidia, cpu with 32 lanes  gemm_tile.h: weights are decoded into threadgroup memory, rounded to T as
+//                                     dequantised weights are; simdgroups multiply tiles of it (core/tile.h)
+//   cpu, one lane                     cpu/gemm.h: weights are decoded to float, once for all tokens of a block
+// Sources: own.
+#include <metal_stdlib>
+#include "core/constants.h"
+#include "core/tile.h"
+#include "formats/quantized.h"
+using namespace metal;
+
+struct GemmShape {
+    long M, N, K;
+    long group;  // weights a scale stands for
+    long rows;   // rows of W of a threadgroup
+    long tokens; // rows of x of a threadgroup
+    long
+        aligned; // 16-byte loads are possible: K is a multiple of 32, x and codes start at multiples of 16 bytes
+};
+
+// What the extra argument points to: where it is never read, the host binds the scales once more.
+template <typename W, bool kRead = W::kAffine || W::Extra::kFactor> struct GemmExtra {
+    typedef typename W::E type;
+};
+template <typename W> struct GemmExtra<W, false> {
+    typedef typename W::S type;
+};
+
+template <typename W, typename T> struct GemmArguments {
+    typedef typename GemmExtra<W>::type E;
+    device const T* x;
+    device const uint* codes;
+    device const typename W::S* scales;
+    device const E* extra;
+    device T* y;
+    uint M, N, K, groups, rows, tokens;
+    uint shift; // weight k has scale k >> shift
+    bool aligned;
+
+    GemmArguments(device const T* x, device const uint* codes, device const typename W::S* scales,
+                  device const E* extra, device T* y, constant GemmShape& shape)
+        : x(x), codes(codes), scales(scales), extra(extra), y(y), M(uint(shape.M)), N(uint(shape.N)),
+          K(uint(shape.K)), groups((uint(shape.K) + uint(shape.group) - 1) / uint(shape.group)),
+          rows(uint(shape.rows)), tokens(uint(shape.tokens)),
+          shift(groups == 1 ? 31 : ctz(uint(shape.group))), aligned(shape.aligned != 0) {}
+
+    typename W::Row row(ulong n) const {
+        return W::row(scales, (device const typename W::E*)extra, n, groups);
+    }
+    uint group(uint k) const { return min(k >> shift, groups - 1); }
+};
+
+// Where a thread stands.
+struct GemmPlace {
+    uint3 tgid;
+    uint sgid, lane;
+};
+
+// Schedules: how many stages of both operands threadgroup memory holds. With one, reading waits for multiplying.
+struct SingleStage {
+    enum : uint { kStages = 1 };
+};
+struct DoubleStage {
+    enum : uint { kStages = 2 };
+};
+
+// Epilogues: what becomes of a sum before it is rounded.
+struct NoEpilogue {
+    float apply(float value, uint, uint) const { return value; }
+};
+
+#include "core/gemm_tile.h"
+
+#include "core/apple/gemm.h"
+#include "core/cpu/gemm.h"
+#include "core/nvidia/gemm.h"

@@ -1,0 +1,19 @@
+#pragma once
+// What a simdgroup multiplies: sums[R, C] += left[R, kStep] * right[C, kStep]^T, both row-major in threadgroup memory,
+// k contiguous. Only the device's tile.h knows which lane holds what.
+//
+//   TileMath<T>          T: half, bfloat or float; sums are float
+//     kStep              how many k a multiply takes
+//     kScratch           floats of threadgroup memory a simdgroup needs for each()
+//     Left<R>, Right<C>  operands; load(tile, from, stride, lane)
+//     Sums<R, C>         clear(sums); multiply(sums, left, right); each(sums, scratch, lane, sink) calls
+//                        sink(row, column, value) once for every sum
+//   TileSize<T>          tile of a threadgroup: kBN rows of the left operand, kBM of the right one, kBK deep;
+//                        simdgroups kWN x kWM; kPad elements behind every row of threadgroup memory
+#include <metal_stdlib>
+#include "core/constants.h"
+#include "core/tile_simd.h"
+
+#include "core/apple/tile.h"
+#include "core/cpu/tile.h"
+#include "core/nvidia/tile.h"

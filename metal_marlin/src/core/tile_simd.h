@@ -1,0 +1,73 @@
+#pragma once
+// TileMath by 8 x 8 simdgroup matrices, for Apple GPUs and wherever they are emulated.
+#include <metal_simdgroup_matrix>
+using namespace metal;
+
+template <typename T> struct SimdTileMath {
+    enum : uint { kStep = 8, kScratch = 64 };
+    template <uint R> struct Left {
+        simdgroup_matrix<T, 8, 8> m[R / 8];
+    };
+    template <uint C> struct Right {
+        simdgroup_matrix<T, 8, 8> m[C / 8];
+    };
+    template <uint R, uint C> struct Sums {
+        simdgroup_matrix<float, 8, 8> m[R / 8][C / 8];
+    };
+
+    template <uint R> static void load(thread Left<R>& tile, threadgroup const T* from, uint stride, uint) {
+#pragma unroll
+        for (uint r = 0; r < R / 8; ++r) simdgroup_load(tile.m[r], from + 8 * r * stride, stride);
+    }
+    template <uint C> static void load(thread Right<C>& tile, threadgroup const T* from, uint stride, uint) {
+#pragma unroll
+        for (uint c = 0; c < C / 8; ++c) {
+            simdgroup_load(tile.m[c], from + 8 * c * stride, stride, ulong2(0), true);
+        }
+    }
+
+    template <uint R, uint C> static void clear(thread Sums<R, C>& sums) {
+#pragma unroll
+        for (uint r = 0; r < R / 8; ++r) {
+#pragma unroll
+            for (uint c = 0; c < C / 8; ++c) sums.m[r][c] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+        }
+    }
+    template <uint R, uint C>
+    static void multiply(thread Sums<R, C>& sums, thread const Left<R>& left, thread const Right<C>& right) {
+#pragma unroll
+        for (uint r = 0; r < R / 8; ++r) {
+#pragma unroll
+            for (uint c = 0; c < C / 8; ++c) {
+                simdgroup_multiply_accumulate(sums.m[r][c], left.m[r], right.m[c], sums.m[r][c]);
+            }
+        }
+    }
+
+    // Through memory, where every lane may look for itself: which lane holds what is nowhere promised.
+    template <uint R, uint C, typename Sink>
+    static void each(thread const Sums<R, C>& sums, threadgroup float* scratch, uint lane, Sink sink) {
+#pragma unroll
+        for (uint r = 0; r < R / 8; ++r) {
+#pragma unroll
+            for (uint c = 0; c < C / 8; ++c) {
+                simdgroup_store(sums.m[r][c], scratch, 8, ulong2(0), true);
+                simdgroup_barrier(mem_flags::mem_threadgroup);
+                for (uint i = lane; i < 64; i += kSimdWidth) sink(8 * r + i % 8, 8 * c + i / 8, scratch[i]);
+                simdgroup_barrier(mem_flags::mem_threadgroup);
+            }
+        }
+    }
+};
+
+// Two stages of both operands are 20 KB.
+template <typename T> struct SimdTileSize {
+    enum : uint {
+        kBN = 64,
+        kBM = 64,
+        kBK = sizeof(T) == 4 ? 16 : 32,
+        kWN = 2,
+        kWM = 2,
+        kPad = 16 / sizeof(T)
+    };
+};
