@@ -107,7 +107,11 @@ def candidates(case: Case, device: str, sets: int, kernel: str | None) -> dict[s
         x, codes, scales, extra = data[i]
         linear_decode(
             *(x, codes, scales, case.group),
-            format=case.format, zeros=case.zeros, extra=extra, kernel=kernel, out=outs[i],
+            format=case.format,
+            zeros=case.zeros,
+            extra=extra,
+            kernel=kernel,
+            out=outs[i],
         )
 
     error = 0.0

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec
 from metal_marlin.ops import linear_decode as _decode
 from metal_marlin.ops import marlin_gemm as _gemm
@@ -51,6 +52,8 @@ def linear(
             return _new(x, codes, scales, extra, format, zeros, group_size, kernel)
         _run(x, codes, scales, extra, format, zeros, group_size, kernel, out)
         return out
+    if out is not None and differentiated:
+        raise ArgumentError("linear: out is given, and x requires a gradient, which can only flow through a new tensor")
     if out is None:
         return torch.ops.metal_marlin.linear(x, codes, scales, extra, format, zeros, group_size, kernel)
     torch.ops.metal_marlin.linear_out(x, codes, scales, extra, format, zeros, group_size, kernel, out)

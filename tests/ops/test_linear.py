@@ -148,6 +148,12 @@ def test_without_gradients() -> None:
     assert linear(parameter, codes, scales, 128).requires_grad
 
 
+def test_no_gradient_through_out() -> None:
+    x, codes, scales, _ = Case(2, 20, 128).tensors()
+    with pytest.raises(ArgumentError, match="out is given, and x requires a gradient"):
+        linear(x.requires_grad_(), codes, scales, 128, out=torch.empty(2, 20, dtype=x.dtype))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("M", [1, 40])
 def test_is_an_op_to_torch(M: int, device: str) -> None:

@@ -190,7 +190,7 @@ def test_variants_with_32_lanes(variant: str) -> None:
 
 
 @pytest.mark.parametrize("level", ["cpu:x86-64-v3", "cpu:x86-64-v4"])
-@pytest.mark.parametrize("case", FEW[1::2], ids=str)
+@pytest.mark.parametrize("case", FEW[1::3], ids=str)
 def test_older_cpus(case: Case, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Table look-ups without AVX-512, products without its bfloat instruction."""
     host = Target.host_cpu().arch
@@ -224,9 +224,10 @@ def test_plans_name_every_row() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("group", [16, 64])
-@pytest.mark.parametrize(("form", "zeros", "dtype"), [(f, z, DTYPES[i % 3]) for i, (f, z) in enumerate(FORMATS)])
-def test_every_code_is_exact(form: str, zeros: str, dtype: torch.dtype, group: int, device: str) -> None:
+@pytest.mark.parametrize(("form", "zeros"), FORMATS)
+def test_every_code_is_exact(form: str, zeros: str, group: int, device: str) -> None:
     """x picks one weight of each row: y is that weight, bit for bit (scales are powers of two), NaN where it is."""
+    dtype = next(c.dtype for c in SMALL if (c.format, c.zeros) == (form, zeros) and c.M > 1)
     bits, K = (4, 64) if len(VALUES[form]) == 16 else (8, 256)
     if form in ("mxfp4", "nvfp4"):
         group = 32 if form == "mxfp4" else 16
@@ -307,6 +308,7 @@ def test_exponents_of_mxfp4(exponent: int, dtype: torch.dtype, device: str) -> N
     case = Case(1, 5, 96, 32, dtype, format="mxfp4")
     x, codes, scales, _ = case.tensors()
     scales[:, 1], scales[:, ::2] = exponent, max(exponent - 30, 0)
+    x = x * (2.0**-10 if exponent > 200 else 1)
     exact = x.double() @ weights(case, (x, codes, scales, None)).T
     y = multiply(case, (x.to(device), codes.to(device), scales.to(device), None)).cpu()
     near = 4 * ROUNDING[dtype] * exact.abs() + torch.finfo(dtype).smallest_normal  # bfloats may be flushed

@@ -14,6 +14,11 @@ template <typename T> struct FloatScale {
     typedef T Stored;
     static float value(T stored) { return float(stored); }
 };
+// From its bits: of half(float(a half) * float(a bfloat)) clang makes a product of halves, and bfloats reach further.
+template <> struct FloatScale<bfloat> {
+    typedef bfloat Stored;
+    static float value(bfloat stored) { return as_type<float>(uint(as_type<ushort>(stored)) << 16); }
+};
 
 // 2^(e - 127); 255 is NaN (OCP MX specification). 2^-127 is a subnormal float.
 struct E8M0 {
@@ -47,7 +52,9 @@ struct TensorScale {
 template <typename T> struct ZeroPoint {
     typedef T Stored;
     enum : bool { kFactor = false, kZero = true, kBias = false };
-    static float at(device const T* extra, ulong n, uint g, uint groups) { return float(extra[n * groups + g]); }
+    static float at(device const T* extra, ulong n, uint g, uint groups) {
+        return float(extra[n * groups + g]);
+    }
 };
 
 template <uint kBits> struct PackedZero {
@@ -63,7 +70,9 @@ template <uint kBits> struct PackedZero {
 template <typename T> struct Bias {
     typedef T Stored;
     enum : bool { kFactor = false, kZero = false, kBias = true };
-    static float at(device const T* extra, ulong n, uint g, uint groups) { return float(extra[n * groups + g]); }
+    static float at(device const T* extra, ulong n, uint g, uint groups) {
+        return float(extra[n * groups + g]);
+    }
 };
 
 template <typename Format_, typename Scale_, typename Extra_ = NoExtra> struct Quantized {

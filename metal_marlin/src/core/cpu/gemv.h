@@ -127,6 +127,22 @@ template <typename Q, typename T, uint kTokens> struct WideGemv {
         }
     }
 
+    // Codes of the last step, those that the step before has as 0.
+    static void last(device const uint* thread const (&codes)[kRows], thread const Block& b,
+                     thread WideStep<kRows>& step, thread WideBits (&part)[kRows]) {
+        for (uint r = 0; r < kRows; ++r) {
+            if (b.piece) {
+                part[r] = wide_load<WideBits>(codes[r] + b.size / kPerWord - kStep / kPerWord) & b.kept;
+            } else {
+                part[r] = 0;
+                for (uint j = b.whole / kPerWord; j < b.size / kPerWord; ++j) {
+                    part[r][j - b.whole / kPerWord] = codes[r][j];
+                }
+            }
+            step.codes[r] = &part[r];
+        }
+    }
+
     // Sums of `count` rows over the block. The last rows are done again where kRows does not divide count, so that
     // there is one loop.
     static void rows(thread const GemvArguments<Q, T>& a, thread const Dot& dot, uint row, uint count,
@@ -146,34 +162,19 @@ template <typename Q, typename T, uint kTokens> struct WideGemv {
 #pragma unroll
                 for (uint m = 0; m < kTokens; ++m) total[r][m] = 0;
             }
-            for (uint k = 0; k < b.whole; k += kStep) {
+            for (uint k = 0; k < b.size; k += kStep) { // one loop, so that a step is compiled once
                 const uint then = k * 4 / kPerWord + ahead;
                 const uint fetch = then < width ? then : then - width + turns * together;
+                WideBits part[kRows];
 #pragma unroll
                 for (uint r = 0; r < kRows; ++r) {
                     step.codes[r] = codes[r] + k / kPerWord;
                     step.scales[r] = pass.scales[r] + (((b.k + k) >> a.shift) - b.first);
                     __builtin_prefetch((device const char*)codes[r] + fetch);
                 }
-                dot.add(step, b.scales, pass.xs[0] + k / kStep * Dot::kStored, kStored, total);
-            }
-            if (b.whole < b.size) {
-                WideBits q[kRows];
-#pragma unroll
-                for (uint r = 0; r < kRows; ++r) {
-                    if (b.piece) {
-                        device const uint* from = codes[r] + b.size / kPerWord - kStep / kPerWord;
-                        q[r] = wide_load<WideBits>(from) & b.kept;
-                    } else {
-                        q[r] = 0;
-                        for (uint j = b.whole / kPerWord; j < b.size / kPerWord; ++j) {
-                            q[r][j - b.whole / kPerWord] = codes[r][j];
-                        }
-                    }
-                    step.codes[r] = &q[r];
-                    step.scales[r] = pass.scales[r] + (((b.k + b.whole) >> a.shift) - b.first);
-                }
-                dot.add(step, b.last_scales, pass.xs[0] + b.whole / kStep * Dot::kStored, kStored, total);
+                if (k == b.whole) last(codes, b, step, part);
+                dot.add(step, k == b.whole ? b.last_scales : b.scales, pass.xs[0] + k / kStep * Dot::kStored,
+                        kStored, total);
             }
 #pragma unroll
             for (uint r = 0; r < kRows; ++r) {

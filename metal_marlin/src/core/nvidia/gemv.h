@@ -173,8 +173,9 @@ template <typename Q, typename T, uint kTokens> struct MmaGemv {
 #pragma unroll
                     for (uint i = 0; i < kPerWord / 2; ++i) {
                         const uint plain = Decode::plain(w[h][i]);
-                        w[h][i] = Q::kAffine ? Pair::fma(plain, f.scales[h][run], f.offsets[h][run % kMiddles])
-                                             : Pair::times(plain, f.scales[h][run]);
+                        w[h][i] = Q::kAffine
+                                      ? Pair::fma(plain, f.scales[h][run], f.offsets[h][run % kMiddles])
+                                      : Pair::times(plain, f.scales[h][run]);
                     }
                 }
             }

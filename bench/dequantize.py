@@ -1,0 +1,138 @@
+"""Dequantisation: GB/s of numbers written, every output beyond the caches.
+
+    python bench/dequantize.py [--device cuda] [--format fp4 int4:point int8] [--dtype half bf16 f32] [--group 128]
+                               [--kernel dequant_fp4_optimal all] [--size 4096x14336] [--precompile cuda:sm_90a=DIR]
+
+Correctness comes first, on the data that is timed. The ceiling is what filling a tensor of the same size reaches in the
+same run. Buffers rotate past the last-level cache; on NVIDIA GPUs the launches are a CUDA graph's. --kernel all takes
+every variant of the formats. --precompile only compiles the kernels used here into DIR, for a machine without a
+compiler that has METAL_MARLIN_ROWS=DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+from common import (
+    Candidate,
+    Times,
+    graph_times,
+    host_times,
+    require_correct,
+    save,
+    sets_needed,
+    synchronize,
+    table,
+    usable_devices,
+)
+
+from metal_marlin import MetalKernelLibrary
+from metal_marlin.formats import codec
+from metal_marlin.msl.target import Target
+from metal_marlin.ops.dequantize import Case, Plan, dequantize, dequantize_ref, plan, variants
+from metal_marlin.runtime.cache import RowCache
+
+DTYPES = {"half": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+LIMITS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-6}
+GOAL = {"cpu": 0.6, "cuda": 0.8}  # of the write ceiling
+
+
+def wanted_cases(options: argparse.Namespace) -> Iterator[Case]:
+    N, K = map(int, options.size.split("x"))
+    for text in options.format:
+        name, _, zeros = text.partition(":")
+        zeros = zeros or codec(name).zero_kinds[0]
+        floats = codec(name).scale_kind == "float"
+        group = options.group if floats else codec(name).groups[0]
+        for kernel in variants(name) if "all" in options.kernel else options.kernel or variants(name)[:1]:
+            if kernel in variants(name):
+                for dtype in options.dtype:
+                    scales = torch.float16 if floats and dtype != "half" else None
+                    yield Case(N, K, group, DTYPES[dtype], scales, name, zeros, kernel, "large")
+
+
+def planned(case: Case, device: str) -> Plan:
+    kind = device.partition(":")[0]
+    return plan(case.N, case.K, case.dtype, case.scales_in, kind, 1, case.kernel, case.format, case.zeros)
+
+
+def precompile(option: str, cases: list[Case]) -> None:
+    """Compile the rows of the cases for TARGET into DIR."""
+    text, _, folder = option.partition("=")
+    target = Target.parse(text)
+    for family, name in sorted({(p.family, p.kernel) for p in (planned(case, target.kind) for case in cases)}):
+        MetalKernelLibrary(family, target=target, cache=RowCache(folder)).compile(name)
+
+
+def candidates(case: Case, device: str, sets: int) -> tuple[dict[str, Candidate], float]:
+    """Our kernel, checked, and a fill of the same outputs; the error."""
+    data = [case.tensors(device, seed) for seed in range(min(sets, 2))]
+    outs = [torch.full((case.N, case.K), float("nan"), dtype=case.dtype, device=device) for _ in range(sets)]
+
+    def ours(i: int) -> None:
+        codes, scales, extra = data[i % len(data)]
+        options = {"format": case.format, "zeros": case.zeros, "extra": extra, "kernel": case.kernel}
+        dequantize(codes, scales, case.group, out=outs[i], **options)  # type: ignore[arg-type]
+
+    error = 0.0
+    for i, (codes, scales, extra) in enumerate(data):
+        ours(i)
+        synchronize(device)
+        wanted = dequantize_ref(codes, scales, case.group, format=case.format, zeros=case.zeros, extra=extra)
+        error = max(error, require_correct(str(case), outs[i], wanted, LIMITS[case.dtype]))
+    return {planned(case, device).kernel: ours, "fill": lambda i: outs[i].fill_(1.0)}, error
+
+
+def measure(case: Case, device: str) -> list[tuple[str, ...]]:
+    moved = case.N * case.K * case.dtype.itemsize
+    sets = sets_needed(moved, device, most=8)
+    calls, error = candidates(case, device, sets)
+    if device.startswith("cuda"):
+        times = graph_times(calls, device, inner=max(16, sets), sets=sets)
+    else:
+        times = host_times(calls, device, inner=sets, rounds=9, sets=sets)
+    ceiling = times["fill"].gb_per_s(moved)
+    return [row(case, device, name, t, moved, ceiling, None if name == "fill" else error) for name, t in times.items()]
+
+
+def row(
+    case: Case, device: str, name: str, t: Times, moved: int, ceiling: float, error: float | None
+) -> tuple[str, ...]:
+    save("dequantize", str(case), name, t, device, moved=moved, ceiling=ceiling, error=error)
+    share = t.gb_per_s(moved) / ceiling
+    goal = None if error is None else GOAL.get(device.partition(":")[0])
+    verdict = "" if goal is None else f"{'PASS' if share >= goal else 'BELOW'} (≥ {goal:g})"
+    figures = (f"{v:.1f}" for v in (t.median, t.p20, t.p80, t.gb_per_s(moved)))
+    return (device, str(case), name, *figures, f"{share:.2f}", "" if error is None else f"{error:.1e}", verdict)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; all that work here by default")
+    parser.add_argument(
+        "--format", nargs="+", default=["fp4"], help="formats; int4:point, :packed, :bias say the zeros"
+    )
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of what is written")
+    parser.add_argument("--group", type=int, default=128, help="weights a scale")
+    parser.add_argument("--kernel", nargs="+", default=[], help="variants; all: every one of the formats")
+    parser.add_argument("--size", default="4096x14336", help="NxK")
+    parser.add_argument("--precompile", metavar="TARGET=DIR", help="only compile for TARGET into DIR")
+    options = parser.parse_args()
+    cases = list(wanted_cases(options))
+    if not cases:
+        parser.error("no case: no such kernel of these formats")
+    if options.precompile:
+        precompile(options.precompile, cases)
+        return
+    heading = ("device", "case", "candidate", "µs", "p20", "p80", "GB/s", "of fill", "error", "goal")
+    for device in usable_devices(options.device):
+        rows: list[tuple[str, ...]] = []
+        for case in cases:
+            rows += measure(case, device)
+        table(f"{device}: GB/s written", [heading, *rows])
+
+
+if __name__ == "__main__":
+    main()
