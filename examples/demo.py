@@ -1,124 +1,129 @@
-"""Compiles three Metal kernels and runs them from Python, checking each result against PyTorch.
+"""A small language model with quantised weights, answering on the CPU through the library's Metal kernels.
 
-    python examples/demo.py [--device cpu]
+    python examples/demo.py [--prompt TEXT] [--tokens N] [--chat]
 
-Exits with 1 when a result is wrong.
+Exits with 1 when a linear layer did not run in our kernels, or the result differs from the decoded weights'.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import os
 import sys
-import time
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
+from quantised import FP4, INT8, PRESET, decode, quantise
 from rich.console import Console
 from rich.table import Table
+from smollm2 import source_model
 
-from metal_marlin import MetalKernelLibrary, dispatch_kernel
+from metal_marlin.cli.console import size
+from metal_marlin.cli.models import Reply, load, memory, prompt_tokens, reply_to
+from metal_marlin.quant.evaluate import evaluate
+from metal_marlin.runtime.counters import counters, reset_counters
 
-HERE = Path(__file__).parent
-
-
-class Example(NamedTuple):
-    """A launch, its output and the value it should have; ``bound`` is the largest error allowed."""
-
-    launch: Callable[[], None]
-    output: torch.Tensor
-    expected: torch.Tensor
-    bound: float
-    what: str
+TEXT = Path(__file__).parent / "pride_and_prejudice.txt"
+TOLERANCE = 0.005  # of the perplexity, between our kernels and the decoded weights in torch
+LINEAR = ("decode_gemv", "marlin_gemm", "gemm")  # how kernels of the linear op begin
+console = Console(highlight=False)
 
 
-def library(name: str, device: str) -> MetalKernelLibrary:
-    """The kernels of ``examples/<name>.metal``; each is compiled when it is first launched."""
-    return MetalKernelLibrary((HERE / f"{name}.metal").read_text(), device=device)
+def show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
-def saxpy(device: str) -> Example:
-    """y = a x + y for a million elements: one thread each."""
-    n, a = 1_000_003, 2.5
-    x, y = torch.randn(n, device=device), torch.randn(n, device=device)
-    expected = a * x.cpu().double() + y.cpu().double()
-    lib = library("saxpy", device)
-
-    def launch() -> None:
-        dispatch_kernel(lib, "saxpy", threads=n, threads_per_threadgroup=256, args=[x, y, a])
-
-    return Example(launch, y, expected, 1e-5, f"y = a x + y, {n:,} elements")
+def answer(model: Any, tokenizer: Any, title: str, prompt: str, tokens: int) -> Reply:
+    """Stream one reply, after a short one that loads kernels and warms up."""
+    ids = prompt_tokens(tokenizer, [{"role": "user", "content": prompt}])
+    reply_to(model, tokenizer, ids, tokens=2)
+    console.rule(title)
+    reply = reply_to(model, tokenizer, ids, tokens=tokens, show=show)
+    print(f"\n[{reply.summary()}]")
+    return reply
 
 
-def reduction(device: str) -> Example:
-    """Row sums through threadgroup memory and barriers: one threadgroup a row."""
-    rows, columns = 512, 5_000
-    x = torch.rand(rows, columns, device=device)
-    sums = torch.empty(rows, device=device)
-    lib = library("reduction", device)
-
-    def launch() -> None:
-        dispatch_kernel(
-            lib,
-            "sum_rows",
-            threadgroups=rows,
-            threads_per_threadgroup=256,
-            args={"x": x, "sums": sums, "columns": columns},
-        )
-
-    return Example(launch, sums, x.cpu().double().sum(1), 1e-2, f"row sums, {rows} x {columns:,}")
+def linear_launches(counts: Counter[str]) -> int:
+    """Launches of kernels that multiply by quantised weights."""
+    return sum(count for name, count in counts.items() if name.startswith(LINEAR))
 
 
-def matmul(device: str) -> Example:
-    """A matrix product with simdgroup_matrix: one simdgroup an 8x8 tile."""
-    M, N, K = 256, 192, 320
-    A, B = torch.randn(M, K, device=device), torch.randn(K, N, device=device)
-    C = torch.empty(M, N, device=device)
-    lib = library("matmul", device)
-
-    def launch() -> None:
-        dispatch_kernel(lib, "matmul", threadgroups=(N // 8, M // 8), threads_per_threadgroup=32, args=[A, B, C, N, K])
-
-    return Example(launch, C, A.cpu().double() @ B.cpu().double(), 1e-3, f"C = A B, {M} x {N} x {K}")
+def counted(model: torch.nn.Module) -> Counter[str]:
+    """Forwards of a model from now on, under "forwards"."""
+    calls: Counter[str] = Counter()
+    model.register_forward_pre_hook(lambda *_: calls.update(forwards=1))
+    return calls
 
 
-def timed(launch: Callable[[], None], device: str) -> float:
-    """Seconds for one launch, finished."""
-    start = time.perf_counter()
-    launch()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    elif device == "mps":
-        torch.mps.synchronize()
-    return time.perf_counter() - start
+def quality(model: Any, tokenizer: Any) -> bool:
+    """The table of perplexities; False where our kernels differ from the decoded weights."""
+    ids = torch.tensor(tokenizer(TEXT.read_text(encoding="utf-8"))["input_ids"])
+    table = Table(title=f"Pride and Prejudice (Jane Austen, 1813), chapter 1, {len(ids)} tokens, windows of 512")
+    for heading in ("weights", "size", "perplexity", "change", "KL, nats/token", "decoded in torch"):
+        table.add_column(heading, justify="left" if heading == "weights" else "right")
+    source = evaluate(model, ids).perplexity
+    table.add_row("source: Q4_1 decoded to float32", size(memory(model)), f"{source:.2f}", "", "", "")
+    right = True
+    for name, recipe in (("int8 g64", INT8), ("fp4 g64, lm_head int8", FP4), ("preset: + v, down int8", PRESET)):
+        ours = copy.deepcopy(model)
+        quantise(ours, recipe)
+        found, used = evaluate(ours, ids, original=model), memory(ours)
+        decode(ours)
+        torch_only = evaluate(ours, ids).perplexity
+        right &= abs(found.perplexity / torch_only - 1) <= TOLERANCE
+        change = f"{found.perplexity / source - 1:+.1%}"
+        table.add_row(name, size(used), f"{found.perplexity:.2f}", change, f"{found.kl:.3f}", f"{torch_only:.2f}")
+    console.print(table)
+    console.print("The source is itself a 4-bit model (Q4_1), so the changes come on top of that loss.")
+    return right
+
+
+def converse(model: Any, tokenizer: Any, tokens: int) -> None:
+    """Read prompts until an empty line."""
+    messages: list[dict[str, str]] = []
+    while line := input("> ").strip():
+        messages.append({"role": "user", "content": line})
+        reply = reply_to(model, tokenizer, prompt_tokens(tokenizer, messages), tokens=tokens, show=show)
+        print(f"\n[{reply.summary()}]")
+        messages.append({"role": "assistant", "content": reply.text})
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 or mps")
-    device = parser.parse_args().device
-    torch.manual_seed(0)
+    parser.add_argument("--prompt", default="What is the capital of France? Then tell me three things to see there.")
+    parser.add_argument("--tokens", type=int, default=64, help="most tokens of a reply")
+    parser.add_argument("--chat", action="store_true", help="talk with the quantised model afterwards")
+    options = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-    console = Console()
-    table = Table(title=f"Metal kernels on {device}")
-    for heading in ("kernel", "what", "first launch", "next launch", "max error", "result"):
-        table.add_column(heading, justify="left" if heading in ("kernel", "what", "result") else "right")
-    failures = 0
-    for make in (saxpy, reduction, matmul):
-        example = make(device)
-        first = timed(example.launch, device)
-        error = (example.output.cpu().double() - example.expected.cpu().double()).abs().max().item()
-        again = timed(example.launch, device)
-        correct = error <= example.bound
-        failures += not correct
-        verdict = "[green]correct[/]" if correct else "[red]WRONG[/]"
-        table.add_row(
-            make.__name__, example.what, f"{first * 1e3:.1f} ms", f"{again * 1e3:.2f} ms", f"{error:.1e}", verdict
-        )
-    console.print(table)
-    console.print("The first launch includes compiling the kernel, unless the cache has it already.")
-    return 1 if failures else 0
+    model, tokenizer = load(str(source_model()), dtype="float32")
+    ours = copy.deepcopy(model)
+    layers = quantise(ours, PRESET)
+    before = answer(model, tokenizer, "float32, transformers", options.prompt, options.tokens)
+    calls = counted(ours)
+    reset_counters()
+    after = answer(ours, tokenizer, "quantised, Metal kernels", options.prompt, options.tokens)
+    counts = counters()
+    console.rule()
+    ratio = after.decode_rate / before.decode_rate if before.decode_rate else float("nan")
+    print(f"decode: {before.decode_rate:.1f} -> {after.decode_rate:.1f} tokens/s ({ratio:.2f} x, in this run)")
+    print(f"weights: {size(memory(model))} -> {size(memory(ours))}")
+    right = quality(model, tokenizer)
+    launched, expected = linear_launches(counts), layers * calls["forwards"]
+    for name, count in counts.most_common():
+        print(f"{count:8d}  {name}")
+    print(f"{launched} launches of linear kernels; {layers} layers x {calls['forwards']} forwards = {expected}")
+    if not right:
+        print(f"WRONG: a perplexity differs from that of the decoded weights by more than {TOLERANCE:.1%}")
+    if launched != expected:
+        print("WRONG: not every linear layer ran in our kernels")
+    if options.chat and sys.stdin.isatty():
+        converse(ours, tokenizer, options.tokens)
+    return 0 if right and launched == expected else 1
 
 
 if __name__ == "__main__":

@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any
 from metal_marlin._version import __version__
 
 if TYPE_CHECKING:
+    from metal_marlin.integrations.replace import replace_linear_layers
+    from metal_marlin.ops.linear import linear
     from metal_marlin.ops.linear_decode import linear_decode
+    from metal_marlin.quant.rtn import quantize
+    from metal_marlin.quant.tensor import QuantizedTensor
     from metal_marlin.runtime.device_mps import mps_tensor_to_metal_buffer
     from metal_marlin.runtime.dispatch import dispatch_kernel
     from metal_marlin.runtime.inline import metal_kernel
@@ -20,18 +24,26 @@ _HOMES = {
     "get_shader_source": "metal_marlin.runtime.library",
     "dispatch_kernel": "metal_marlin.runtime.dispatch",
     "metal_kernel": "metal_marlin.runtime.inline",
+    "QuantizedTensor": "metal_marlin.quant.tensor",
+    "linear": "metal_marlin.ops.linear",
     "linear_decode": "metal_marlin.ops.linear_decode",
+    "quantize": "metal_marlin.quant.rtn",
+    "replace_linear_layers": "metal_marlin.integrations.replace",
     "mps_tensor_to_metal_buffer": "metal_marlin.runtime.device_mps",
 }
 
 __all__ = [
     "MetalKernelLibrary",
+    "QuantizedTensor",
     "__version__",
     "dispatch_kernel",
     "get_shader_source",
+    "linear",
     "linear_decode",
     "metal_kernel",
     "mps_tensor_to_metal_buffer",
+    "quantize",
+    "replace_linear_layers",
 ]
 
 

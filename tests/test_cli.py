@@ -333,3 +333,60 @@ def test_op_specs_come_from_op_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     assert two.claims("a.metal", "two_half")
     assert not two.claims("a.metal", "one")
     assert not two.claims("b.metal", "two_half")
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Llama of two layers with a tokenizer of words, made here."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: i for i, word in enumerate(["<eos>", "<unk>", *"the cat sat on a mat and dog ran".split()])}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", unk_token="<unk>")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, eos_token_id=0, bos_token_id=0,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("model")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_generate_gives_text_and_rates(tiny_model: str) -> None:
+    result = call("generate", tiny_model, "the cat", "--tokens", "5", "--json")
+    assert result.exit_code == 0, result.output
+    reply = json.loads(result.stdout)
+    assert reply["prompt"] == 2
+    assert 1 <= len(reply["tokens"]) <= 5
+    assert reply["prompt_tokens_per_s"] > 0
+
+
+def test_eval_against_itself(tiny_model: str, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("the cat sat on a mat and the dog ran " * 3)
+    result = call(
+        "eval", tiny_model, "--text", str(text), "--against", tiny_model, "--window", "8", "--stride", "4", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["tokens"] == 29
+    assert found["kl"] == pytest.approx(0, abs=1e-9)
+    assert found["agreement"] == 1
+    assert found["perplexity"] == pytest.approx(11, rel=0.3)  # a model that knows nothing of 11 words
+
+
+def test_a_folder_that_is_missing_is_one_line() -> None:
+    result = call("generate", "./nowhere", "x")
+    assert result.exit_code == 1
+    assert "./nowhere" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_bench_names_the_ops_it_knows() -> None:
+    result = call("bench", "--op", "nothing")
+    assert result.exit_code == 1
+    assert "linear_decode" in result.output

@@ -157,6 +157,83 @@ def run(
     command.run(options)
 
 
+Model = Annotated[str, typer.Argument(help="Folder of a model, or its name on the hub.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Most tokens of a reply.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0: the most likely token each time.")]
+Seed = Annotated[int, typer.Option(help="Seed where the temperature is not 0.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.")]
+Dtype = Annotated[str, typer.Option(help="Type of activations: auto, float32, bfloat16 or float16.")]
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="What to answer.")],
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text, without the chat template.")] = False,
+    tokens: Tokens = 200,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    json: AsJson = False,
+) -> None:
+    """Answer one prompt, with tokens/s and the memory of the weights."""
+    from metal_marlin.cli import generate as command
+
+    options = command.Options(model, tokens, temperature, seed, device, dtype)
+    command.generate(options, prompt, raw=raw, as_json=json)
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    tokens: Tokens = 500,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk with a model; an empty line ends it."""
+    from metal_marlin.cli import generate as command
+
+    command.chat(command.Options(model, tokens, temperature, seed, device, dtype), system)
+
+
+@app.command("eval")
+def eval_(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="UTF-8 text to predict.", **_EXISTING)],
+    against: Annotated[str, typer.Option(help="The original model: adds KL divergence and top-1 agreement.")] = "",
+    tokens: Annotated[int, typer.Option(min=0, help="Only the text's first tokens; 0: all.")] = 0,
+    window: Annotated[int, typer.Option(help="Tokens that the model sees at once.")] = 512,
+    stride: Annotated[int, typer.Option(help="Tokens from one window to the next.")] = 256,
+    device: Device = "cpu",
+    json: AsJson = False,
+) -> None:
+    """Perplexity of a model on a text, and its distance from the original."""
+    from metal_marlin.cli import evaluate as command
+
+    command.run(model, text, against or None, tokens, window, stride, device, json)
+
+
+@app.command()
+def bench(
+    op: Annotated[str, typer.Option(help="Only this op.")] = "",
+    device: Device = "cpu",
+    seconds: Annotated[float, typer.Option(help="Time for each case.")] = 0.5,
+    save: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the rows as CSV.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Time the ops with quantised weights on shapes of models.
+
+    Each result is checked first; weights are read in turn from more memory than caches hold.
+    """
+    from metal_marlin.cli import bench as command
+
+    command.run(op, device, seconds, json, save)
+
+
 def main() -> None:
     """Entry point of the ``metal-marlin`` script."""
     app()

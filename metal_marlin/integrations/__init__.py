@@ -1,0 +1,1 @@
+"""Putting the layers into models that others define."""

@@ -1,0 +1,1 @@
+"""Layers: drop-in modules over the ops."""

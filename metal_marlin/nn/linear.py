@@ -1,0 +1,101 @@
+"""QuantLinear: nn.Linear over quantised weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from metal_marlin.errors import ArgumentError
+from metal_marlin.ops.linear import linear
+from metal_marlin.quant.rtn import quantize
+from metal_marlin.quant.tensor import NAMES, QuantizedTensor
+
+
+class QuantLinear(nn.Module):
+    """y [..., N] = x [..., K] · Wᵀ + bias; x half, bfloat16 or float32, y in x's dtype.
+
+    Buffers: weight (codes, int32), weight_scale, weight_extra (None where the format has none), bias (None or [N]).
+    Moves between devices; ``.half()`` and ``.to(dtype)`` change the bias alone.
+    """
+
+    def __init__(self, weight: QuantizedTensor, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        weight.canonical("QuantLinear")
+        self.out_features, self.in_features = weight.shape
+        if bias is not None and bias.shape != (self.out_features,):
+            raise ArgumentError(f"bias: shape {tuple(bias.shape)}; {self.out_features} rows need {weight.shape[:1]}")
+        self.format, self.group_size, self.zeros = weight.format, weight.group_size, weight.zeros
+        self._padding = weight.padded - self.in_features
+        self.register_buffer("weight", weight.codes)
+        self.register_buffer("weight_scale", weight.scales)
+        self.register_buffer("weight_extra", weight.extra)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    @classmethod
+    def from_linear(
+        cls,
+        layer: nn.Linear,
+        format: str = "fp4",
+        group_size: int | None = None,
+        scale: str = "rtn",
+        zeros: str | None = None,
+        scale_dtype: torch.dtype | None = None,
+    ) -> QuantLinear:
+        """Quantise a layer's weight; arguments of ``quantize``."""
+        made = cls(quantize(layer.weight, format, group_size, scale, zeros, scale_dtype), layer.bias)
+        return made.train(layer.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        buffers = self._buffers  # an attribute of a module is a search through three dictionaries
+        if x.shape[-1] != self.in_features:
+            raise ArgumentError(f"QuantLinear: x has K = {x.shape[-1]}, the weight has K = {self.in_features}")
+        if self._padding:
+            x = nn.functional.pad(x, (0, self._padding))
+        elif not x.is_contiguous():
+            x = x.contiguous()
+        y = linear(
+            x,
+            buffers["weight"],  # type: ignore[arg-type]
+            buffers["weight_scale"],  # type: ignore[arg-type]
+            self.group_size,
+            format=self.format,
+            zeros=self.zeros,
+            extra=buffers["weight_extra"],
+        )
+        bias = buffers["bias"]
+        return y if bias is None else y.add_(bias)
+
+    def quantized(self) -> QuantizedTensor:
+        """The weight; its tensors are the buffers themselves."""
+        fields: dict[str, Any] = {field: self._buffers[name] for field, name in NAMES.items()}
+        shape = (self.out_features, self.in_features)
+        return QuantizedTensor(**fields, format=self.format, group_size=self.group_size, zeros=self.zeros, shape=shape)
+
+    def extra_repr(self) -> str:
+        zeros = "" if self.zeros == "none" else f", zeros={self.zeros!r}"
+        bias = self._buffers["bias"] is not None
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, "
+            f"format={self.format!r}, group_size={self.group_size}{zeros}"
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
+        kept = {name: self._buffers[name] for name in NAMES.values()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in kept.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:  # a rounded scale is another weight
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        errors: list[str] = args[-1]
+        for name in NAMES.values():
+            mine, given = self._buffers[name], state_dict.get(prefix + name)
+            if mine is not None and given is not None and mine.dtype != given.dtype:  # copy_ would round silently
+                errors.append(f"{prefix}{name}: {given.dtype}; this {self.format} layer needs {mine.dtype}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,183 @@
+"""QuantizedTensor, quantize and layouts, against values worked out by hand or by numpy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from metal_marlin.errors import ArgumentError
+from metal_marlin.quant import QuantizedTensor, cat, prepack, quantize, unpack
+from metal_marlin.quant.layouts import LAYOUTS
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+FORMATS = ["fp4", "mxfp4", "nvfp4", "int4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2"]
+
+
+def random(N: int, K: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
+
+
+def fp4_by_hand(q: QuantizedTensor) -> np.ndarray:
+    N, K = q.shape
+    words = q.codes.numpy().view(np.uint32)
+    nibbles = (words[:, :, None] >> (4 * np.arange(8, dtype=np.uint32))) & 15
+    scales = np.repeat(q.scales.double().numpy(), q.group_size, 1)
+    return E2M1[nibbles.reshape(N, -1)][:, :K] * scales[:, :K]
+
+
+@pytest.mark.parametrize(("N", "K", "group"), [(3, 64, 16), (5, 77, 32), (1, 8, 64), (7, 200, 64)])
+def test_fp4_decodes_by_the_definition(N: int, K: int, group: int) -> None:
+    weight = random(N, K)
+    q = quantize(weight, "fp4", group)
+    assert q.shape == (N, K)
+    assert q.codes.shape == (N, -(-K // 8))
+    assert q.scales.shape == (N, -(-q.padded // group))
+    assert q.nbytes == 4 * q.codes.numel() + 2 * q.scales.numel()
+    assert q.bits_per_weight == 8 * q.nbytes / (N * K)
+    np.testing.assert_array_equal(q.dequantize(torch.float64).numpy(), fp4_by_hand(q))
+    for first in range(0, K, group):  # half the widest step of the grid, 1/6 of amax, and the scale's rounding
+        part = weight[:, first : first + group].double().numpy()
+        error = np.abs(part - fp4_by_hand(q)[:, first : first + group])
+        assert (error <= np.abs(part).max(1, keepdims=True) * (1 / 6 + 2e-3)).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("K", [64, 83])
+def test_every_format_comes_near_the_weight(name: str, K: int) -> None:
+    weight = random(9, K)
+    limit = {"int8": 0.01, "uint8": 0.01, "fp8_e4m3": 0.04, "fp8_e5m2": 0.08}.get(name, 0.2)
+    for scale in ("rtn", "mse"):
+        made = quantize(weight, name, scale=scale).dequantize(torch.float32)
+        assert made.shape == (9, K)
+        assert (made - weight).norm() <= limit * weight.norm()
+
+
+def test_mse_is_no_worse() -> None:
+    weight = random(16, 256)
+    near = [(quantize(weight, "fp4", 32, s).dequantize(torch.float64) - weight).norm() for s in ("mse", "rtn")]
+    assert near[0] < near[1]
+
+
+@pytest.mark.parametrize(("bad", "said"), [(float("nan"), "nan"), (float("inf"), "inf")])
+def test_values_that_are_not_finite(bad: float, said: str) -> None:
+    weight = random(4, 20)
+    weight[2, 17] = bad
+    with pytest.raises(ArgumentError, match=rf"weight\[2, 17\] is {said}; 1 values"):
+        quantize(weight)
+
+
+def test_bad_arguments() -> None:
+    for weight, options, said in [
+        (torch.zeros(8), {}, r"shape \(8,\)"),
+        (torch.zeros(2, 8, dtype=torch.int32), {}, "torch.int32"),
+        (torch.zeros(2, 8), {"scale": "best"}, "'best'"),
+        (torch.zeros(2, 64), {"group_size": 48}, "48"),
+        (torch.zeros(2, 64), {"format": "fp5"}, "'fp5'"),
+        (torch.full((2, 64), 1e9), {}, "scale_dtype=torch.float32"),
+    ]:
+        with pytest.raises(ArgumentError, match=said):
+            quantize(weight, **options)  # type: ignore[arg-type]
+    assert quantize(torch.full((2, 64), 1e9), scale_dtype=torch.float32).dequantize(torch.float32)[0, 0] == 1e9
+    q = quantize(random(4, 64))
+    with pytest.raises(ArgumentError, match=r"codes: torch.int32 \(4, 8\)"):
+        QuantizedTensor(q.codes, q.scales, None, "fp4", 64, "none", (4, 80))
+    with pytest.raises(ArgumentError, match="scales"):
+        QuantizedTensor(q.codes, q.scales[:2], None, "fp4", 64, "none", (4, 64))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_slices_and_cat_are_exact(name: str) -> None:
+    q = quantize(random(11, 96), name)
+    whole = q.dequantize(torch.float64)
+    parts = [q[:4], q[4:4], q[4:-2], q[-2:]]
+    assert [p.shape[0] for p in parts] == [4, 0, 5, 2]
+    assert torch.equal(torch.cat([p.dequantize(torch.float64) for p in parts]), whole)
+    assert q[4:].codes.data_ptr() == q.codes[4:].data_ptr()
+    assert cat(parts).equal(q)
+    with pytest.raises(ArgumentError, match="step 1"):
+        q[::2]
+
+
+def test_cat_refuses_what_does_not_agree() -> None:
+    a = quantize(random(2, 64))
+    for b, said in [
+        (quantize(random(2, 64), "int4"), "format"),
+        (quantize(random(2, 64), group_size=32), "group_size"),
+        (quantize(random(2, 128)), "K = 128"),
+        (quantize(random(2, 64), scale_dtype=torch.float32), "float32"),
+    ]:
+        with pytest.raises(ArgumentError, match=said):
+            cat([a, b])
+    with pytest.raises(ArgumentError, match="scale of the whole tensor"):
+        cat([quantize(random(2, 64), "nvfp4"), quantize(9 * random(2, 64), "nvfp4")])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_save_and_load(name: str, tmp_path: Path) -> None:
+    q = quantize(random(5, 83), name)
+    path = tmp_path / "w.safetensors"
+    q.save(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+    back = QuantizedTensor.load(path)
+    assert back.equal(q)
+    assert torch.equal(back.dequantize(torch.float64), q.dequantize(torch.float64))
+    assert not quantize(random(5, 83, 1), name).equal(q)
+
+
+def test_files_that_do_not_fit(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other")
+    with pytest.raises(ArgumentError, match="not a saved QuantizedTensor"):
+        QuantizedTensor.load(tmp_path / "other")
+    q = quantize(random(4, 64))
+    tensors, said = q.tensors("a."), q.metadata()
+    assert QuantizedTensor.from_tensors(tensors, said, "a.").equal(q)
+    with pytest.raises(ArgumentError, match=r"missing: a\.weight_scale"):
+        QuantizedTensor.from_tensors({"a.weight": q.codes}, said, "a.")
+    for change, words in [
+        ({"format_version": 9}, "format_version = 9"),
+        ({"format": "fp5"}, "fp5"),
+        ({"shape": [4, 99]}, "codes"),
+    ]:
+        with pytest.raises(ArgumentError, match=words):
+            QuantizedTensor.from_tensors(tensors, {**said, **change}, "a.")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("N", "K"), [(16, 64), (1, 8), (33, 200), (47, 1000), (64, 256), (15, 640), (32, 56)])
+def test_layouts_are_bijections(layout: str, N: int, K: int) -> None:
+    q = quantize(torch.zeros(N, K))
+    words = torch.randint(-(2**31), 2**31, q.codes.shape, generator=torch.Generator().manual_seed(N)).int()
+    q = QuantizedTensor(words, q.scales, None, "fp4", q.group_size, "none", (N, K))
+    packed = prepack(q, layout)
+    assert packed.codes.shape == words.shape
+    assert sorted(packed.codes.flatten().tolist()) == sorted(words.flatten().tolist())
+    assert unpack(packed).equal(q)
+    assert prepack(packed, layout) is packed
+    for use in (packed.tensors, packed.dequantize, lambda: packed[:1], lambda: cat([packed])):
+        with pytest.raises(ArgumentError, match="unpack"):
+            use()
+
+
+def test_mma16_is_fragment_order() -> None:
+    """Lane L's 16 bytes: words L%4 and L%4 + 4 of rows L/4 and L/4 + 8; what fills no tile follows by row."""
+    N, W = 37, 19
+    canonical = torch.arange(N * W, dtype=torch.int32).view(N, W)
+    q = QuantizedTensor(canonical, torch.zeros(N, 3).half(), None, "fp4", 64, "none", (N, 8 * W))
+    packed = prepack(q, "mma16").codes.flatten().tolist()
+    expected = []
+    for band in range(2):
+        for tile in range(2):
+            for lane in range(32):
+                for word in (lane % 4, lane % 4 + 4):
+                    for row in (lane // 4, lane // 4 + 8):
+                        expected.append((16 * band + row) * W + 8 * tile + word)
+        expected += [(16 * band + row) * W + word for row in range(16) for word in range(16, W)]
+    expected += range(32 * W, N * W)
+    assert packed == expected
+    with pytest.raises(ArgumentError, match="'tiles'; there are canonical, mma16"):
+        prepack(q, "tiles")
