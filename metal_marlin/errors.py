@@ -30,6 +30,15 @@ class ArgumentError(MetalMarlinError, ValueError):
     """An argument does not fit; names it and the numbers."""
 
 
+class KernelCheckError(MetalMarlinError):
+    """Checked mode found something; ``findings`` (runtime/checked.py) hold kernel, line, threads and address."""
+
+    def __init__(self, kernel: str, findings: Sequence[object]) -> None:
+        self.kernel, self.findings = kernel, tuple(findings)
+        count = f"{len(self.findings)} finding" + "s" * (len(self.findings) > 1)
+        super().__init__("\n".join([f"kernel '{kernel}': {count} of the checker", *map(str, self.findings)]))
+
+
 class UnknownKernelError(MetalMarlinError, KeyError):
     """No kernel of that name; lists the nearest ones."""
 

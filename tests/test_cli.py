@@ -390,3 +390,52 @@ def test_bench_names_the_ops_it_knows() -> None:
     result = call("bench", "--op", "nothing")
     assert result.exit_code == 1
     assert "linear_decode" in result.output
+
+
+RACE = """#include <metal_stdlib>
+using namespace metal;
+kernel void k(device float* y, constant uint& n, uint i [[thread_position_in_grid]]) {
+  if (n > 1) { y[i / n] += 1; } else { y[i] += 1; }
+}
+"""
+
+
+class TestCheck:
+    def check(self, path: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        path.write_text(RACE)
+        grid = ["--threads", "8", "--threads-per-threadgroup", "8", "--arg", "y=zeros:8"]
+        command = [sys.executable, "-m", "metal_marlin", "check", str(path), *grid, *more]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    def test_clean(self, tmp_path: Path) -> None:
+        done = self.check(tmp_path / "k.metal", "--arg", "n=1")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "k: clean under 3 schedules" in done.stdout
+
+    def test_findings(self, tmp_path: Path) -> None:
+        done = self.check(tmp_path / "k.metal", "--arg", "n=2", "--json")
+        assert done.returncode == 1, done.stdout + done.stderr
+        answer = json.loads(done.stdout)
+        assert {(f["kind"], f["file"], f["line"]) for f in answer["findings"]} == {("race", "k.metal", 4)}
+        assert answer["findings"][0]["where"] == "y[0]"
+
+    def test_time_limit(self, tmp_path: Path) -> None:
+        done = self.check(tmp_path / "k.metal", "--arg", "n=2", "--time-limit", "0.05")
+        assert done.returncode == 2
+        assert "did not end within 0.05 s" in done.stdout
+
+    def test_bad_argument(self, tmp_path: Path) -> None:
+        done = self.check(tmp_path / "k.metal", "--arg", "m=2")
+        assert done.returncode == 2
+        assert "unknown argument m" in done.stdout
+
+
+def test_lint(tmp_path: Path) -> None:
+    path = tmp_path / "k.metal"
+    path.write_text(RACE + "float table[2] = {1, 2};\n")
+    done = subprocess.run([sys.executable, "-m", "metal_marlin", "lint", str(path)], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "program-scope: 'float table [ 2 ]'" in done.stdout
+    path.write_text(RACE)
+    done = subprocess.run([sys.executable, "-m", "metal_marlin", "lint", str(path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "1 files: 0 findings")

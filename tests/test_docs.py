@@ -54,7 +54,7 @@ def test_lines_end_cleanly(page: Path) -> None:
 
 
 # A page whose first Python block is complete: it runs, in order, each in the names that the one before it left.
-RUNNABLE = ["README.md", "docs/runtime.md", "docs/quantization.md"]
+RUNNABLE = ["README.md", "docs/checker.md", "docs/quantization.md", "docs/runtime.md"]
 
 
 @pytest.mark.parametrize("page", RUNNABLE)

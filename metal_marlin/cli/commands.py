@@ -124,6 +124,79 @@ def cache(
 
 
 @app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="The .metal file.", **_EXISTING)],
+    kernel: Annotated[str, typer.Option(help="Kernel to check; may be left out if there is one.")] = "",
+    threads: Annotated[str, typer.Option(help="Threads in all: 1000 or 64,32,1.")] = "",
+    threadgroups: Annotated[str, typer.Option(help="Threadgroups, instead of --threads.")] = "",
+    threads_per_threadgroup: Annotated[str, typer.Option(help="Threads in a threadgroup: 256 or 16,16.")] = "",
+    arg: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE: n=5, x=randn:4x256:float16, y=zeros:1024, x=data.npy. Repeat."),
+    ] = None,
+    uninitialised: Annotated[
+        list[str] | None, typer.Option(help="Buffer whose content before the launch must not be read. Repeat.")
+    ] = None,
+    threadgroup_memory: Annotated[
+        list[str] | None, typer.Option(help="NAME=BYTES of a threadgroup pointer argument. Repeat.")
+    ] = None,
+    constant: Constants = None,
+    seed: Annotated[int, typer.Option(help="Seed of random arguments.")] = 0,
+    schedules: Annotated[int, typer.Option(min=1, help="Orders of threads to try.")] = 3,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which the kernel's process is ended.")] = 120,
+    memory_limit: Annotated[int, typer.Option(help="MB that the kernel's process may use.")] = 8192,
+    json: AsJson = False,
+) -> None:
+    """Find races, divergent barriers, accesses out of bounds and reads of memory nobody wrote, without a Mac.
+
+    Exits with 1 when something is found, with 2 when the kernel could not be run.
+    """
+    from metal_marlin.cli import check as command
+    from metal_marlin.cli.run import Options
+
+    options = Options(
+        file=file,
+        kernel=kernel,
+        threads=threads,
+        threadgroups=threadgroups,
+        threads_per_threadgroup=threads_per_threadgroup,
+        args=arg or [],
+        threadgroup_memory=threadgroup_memory or [],
+        constants=constant or [],
+        device="cpu",
+        lanes=32,
+        seed=seed,
+        save=[],
+    )
+    status = command.run(
+        options,
+        seeds=schedules,
+        uninitialised=uninitialised or [],
+        time_limit=time_limit,
+        memory_limit=memory_limit,
+        as_json=json,
+    )
+    raise typer.Exit(status)
+
+
+@app.command()
+def lint(
+    files: Annotated[
+        list[Path] | None, typer.Argument(help=".metal files; without any, those of the package.", **_EXISTING)
+    ] = None,
+    torch: Annotated[bool, typer.Option("--torch", help="Also what torch.mps.compile_shader cannot do.")] = False,
+    all_rows: Annotated[bool, typer.Option("--all-rows", help="Measure threadgroup memory of every row.")] = False,
+    measure: Annotated[bool, typer.Option(help="Measure threadgroup memory; needs the compiler.")] = True,
+    json: AsJson = False,
+) -> None:
+    """Find what Apple's compiler would refuse, without a Mac. Exits with 1 when a rule is broken."""
+    from metal_marlin.cli import lint as command
+
+    status = command.run(files or [], torch_rules=torch or not files, every_row=all_rows, measure=measure, as_json=json)
+    raise typer.Exit(status)
+
+
+@app.command()
 def run(
     file: Annotated[Path, typer.Argument(help="The .metal file.", **_EXISTING)],
     kernel: Annotated[str, typer.Option(help="Kernel to launch; may be left out if there is one.")] = "",

@@ -39,11 +39,11 @@ def run(options: Options) -> None:
     library = MetalKernelLibrary(
         options.file, device=options.device, lanes=options.lanes, constants=parse_constants(options.constants)
     )
-    name = options.kernel or _only(library)
+    name = options.kernel or only_kernel(library)
     device = torch.device(str(library.device))
-    values = _values(options, device)
+    values = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in parse_tensors(options).items()}
     before = {key: value.clone() for key, value in values.items() if isinstance(value, torch.Tensor)}
-    launch = _launch(options)
+    launch = parse_launch(options)
 
     start = time.perf_counter()
     dispatch_kernel(library, name, args=values, **launch)
@@ -57,20 +57,21 @@ def run(options: Options) -> None:
         _save(text, values)
 
 
-def _only(library: MetalKernelLibrary) -> str:
+def only_kernel(library: MetalKernelLibrary) -> str:
+    """The library's only kernel. Raises ArgumentError where there are several."""
     names = library.kernels
     if len(names) != 1:
         raise ArgumentError(f"--kernel says which to run; the file has: {', '.join(names) or 'no kernel'}")
     return names[0]
 
 
-def _values(options: Options, device: torch.device) -> dict[str, Any]:
+def parse_tensors(options: Options) -> dict[str, Any]:
+    """The arguments of --arg, tensors on the CPU. Raises ArgumentError."""
     generator = torch.Generator().manual_seed(options.seed)
-    values = {name: parse_value(value, generator) for name, value in map(split, options.args)}
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+    return {name: parse_value(value, generator) for name, value in map(split, options.args)}
 
 
-def _launch(options: Options) -> dict[str, Any]:
+def parse_launch(options: Options) -> dict[str, Any]:
     """Grid and threadgroup memory as dispatch_kernel takes them."""
     per_group = parse_sizes(options.threads_per_threadgroup, "--threads-per-threadgroup")
     threads = parse_sizes(options.threads, "--threads")

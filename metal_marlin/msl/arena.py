@@ -58,10 +58,10 @@ class _Arena:
                 raise MetalCompileError(f"{src.where(i)}: cannot read this threadgroup declaration")
             kind, offset, after = f"mm_tg{count}_t", f"mm_tg{count}", f"mm_tg{count}_end"
             layout += f"typedef {specifiers} {kind} {src.slice(name + 1, b)}{aligned}; "
-            layout += (
-                f"constexpr uint {offset} = mm_align({end}, alignof({kind})), {after} = {offset} + sizeof({kind}); "
-            )
+            layout += f"constexpr uint {offset} = mm_align({end} + MM_RED_ZONE, alignof({kind})); "
+            layout += f"constexpr uint {after} = {offset} + sizeof({kind}); "
             layout += f"MM_ARENA({after}); "
+            layout += f'MM_VARIABLE({offset}, sizeof({kind}), "{src.at(name)}"); '
             local += f"__local {kind}& {src.at(name)} = *(__local {kind}*)(mm_arena + {offset}); "
             count, end = count + 1, after
         anchor = self._statement_start(head)

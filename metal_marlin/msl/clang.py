@@ -58,8 +58,33 @@ def _cc1(*words: str) -> tuple[str, ...]:
     return tuple(w for word in words for w in ("-Xclang", word))
 
 
-def flags(target: Target) -> tuple[str, ...]:
+# Every access becomes a call with its exact size (kernel-address), before anything is merged or vectorised; indices of
+# arrays and alignments are told with their lines. What each flag closes: tests/msl/test_checker.py.
+_CHECKED = (
+    "-O1",
+    *("-fno-vectorize", "-fno-slp-vectorize", "-fno-unroll-loops", "-ffp-contract=off", "-fno-associative-math"),
+    *("-gline-tables-only", "-fsanitize=kernel-address,array-bounds,alignment"),
+    *("-fsanitize-recover=all", "-fno-sanitize-trap=all"),
+    *(
+        word
+        for option in (
+            "asan-instrumentation-with-call-threshold=0",
+            "asan-kernel-mem-intrinsic-prefix=1",
+            "asan-instrument-atomics=0",
+            "asan-use-stack-safety=0",
+            "asan-globals=0",
+            "asan-stack=0",
+            "asan-opt=0",
+        )
+        for word in ("-mllvm", f"-{option}")
+    ),
+)
+
+
+def flags(target: Target, *, checked: bool = False) -> tuple[str, ...]:
     """Compiler flags of a target; part of every cache key."""
+    if checked:
+        return (*flags(target), *_CHECKED)
     if target.kind == "metal":  # only to expand macros
         return _LANGUAGE
     if target.kind == "cuda":
@@ -88,16 +113,38 @@ class Compiler:
         """The text with macros expanded as `target` sees them, line markers kept."""
         return self._run((*self.command, "-E", *flags(target), *_macros(defines), "-"), text, "").stdout
 
-    def compile(self, text: str, target: Target, *, defines: Mapping[str, str], stdlib_dir: Path, name: str) -> bytes:
-        """A shared object (cpu) or PTX text (cuda). Raises MetalCompileError with the .metal file and line."""
+    def compile(
+        self,
+        text: str,
+        target: Target,
+        *,
+        defines: Mapping[str, str],
+        stdlib_dir: Path,
+        name: str,
+        checked: bool = False,
+    ) -> bytes:
+        """A shared object (cpu; with line numbers where `checked`) or PTX text (cuda).
+
+        Raises MetalCompileError with the .metal file and line.
+        """
         with tempfile.TemporaryDirectory(prefix="metal-marlin-") as folder:
             out = Path(folder) / ("row.ptx" if target.kind == "cuda" else "row.o")
             mode = "-S" if target.kind == "cuda" else "-c"
-            words = [*flags(target), *_macros(defines), "-I", str(stdlib_dir), mode, "-", "-o", str(out)]
+            words = [
+                *flags(target, checked=checked),
+                *_macros(defines),
+                "-I",
+                str(stdlib_dir),
+                mode,
+                "-",
+                "-o",
+                str(out),
+            ]
             self._mended((*self.command, *words), text, name, str(stdlib_dir))
             if target.kind == "cpu":
                 shared = out.with_suffix(".so")
-                self._run((*self.linker, "-shared", "--hash-style=gnu", "-s", str(out), "-o", str(shared)), "", name)
+                strip = () if checked else ("-s",)
+                self._run((*self.linker, "-shared", "--hash-style=gnu", *strip, str(out), "-o", str(shared)), "", name)
                 out = shared
             return out.read_bytes()
 

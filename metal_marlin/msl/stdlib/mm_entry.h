@@ -54,6 +54,15 @@ template <class T, int N> struct mm_element<T[N]> : mm_element<T> {};
   mm_kind<typename mm_element<T>::type>::value, (int)sizeof(typename mm_element<T>::type) * 8, metal::_components<T>, \
       (int)sizeof(T), (int)alignof(T)
 
+// Between threadgroup variables, so that what runs over one does not end in the next.
+#ifdef METAL_MARLIN_CHECKED
+#define MM_RED_ZONE 64
+#define MM_VARIABLE(offset, bytes, name) mm_check_variable(offset, bytes, (ulong)name)
+#else
+#define MM_RED_ZONE 0
+#define MM_VARIABLE(offset, bytes, name)
+#endif
+
 // The bytes of threadgroup memory a kernel declares, left in the object (CPU) or as a comment in the text (PTX).
 #ifdef __METAL_MARLIN_CUDA__
 #define MM_ARENA(bytes) asm volatile("// mm_arena_bytes %0" ::"n"(bytes))

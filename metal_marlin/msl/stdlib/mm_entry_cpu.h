@@ -22,6 +22,7 @@ struct mm_launch {
   ulong workspace_stride;
   uint next;
   uint status;
+  struct mm_check* check;  // checked rows only
 };
 
 // The threadgroup that runs.
@@ -95,6 +96,10 @@ struct mm_share {
       if (++place.group.y == grid[1]) place.group.y = 0, ++place.group.z;
     }
     ++next;
+#ifdef METAL_MARLIN_CHECKED
+    const ulong n = mm_shuffled(L->check, (uint)(next - 1), (uint)run->total);
+    place.group = (uint3)((uint)(n % grid[0]), (uint)(n / grid[0] % grid[1]), (uint)(n / grid[0] / grid[1]));
+#endif
     place.size = (uint3)(edge(L, 0, place.group.x), edge(L, 1, place.group.y), edge(L, 2, place.group.z));
     return true;
   }
@@ -122,11 +127,11 @@ static void mm_work(void* shared) {
 #include "mm_scheduler.h"
 #endif
 
-extern "C" __attribute__((visibility("default"))) ulong mm_workspace_bytes(const mm_launch* L) {
+extern "C" MM_UNCHECKED __attribute__((visibility("default"))) ulong mm_workspace_bytes(const mm_launch* L) {
   return mm_worker_bytes(L);
 }
 
-extern "C" __attribute__((visibility("default"))) int mm_launch_kernel(mm_launch* L) {
+extern "C" MM_UNCHECKED __attribute__((visibility("default"))) int mm_launch_kernel(mm_launch* L) {
   const ulong total = (ulong)L->grid[0] * L->grid[1] * L->grid[2];
   const ulong threads = L->nthreads > 1 && L->gomp ? L->nthreads : 1;
   const ulong chunk = threads == 1 ? total : total / (8 * threads);

@@ -11,13 +11,15 @@
 #include "mm_config.h"
 
 // A call that must stay where the source has it: its return address tells collectives apart.
-#define MM_SITE static __attribute__((noinline, nomerge, not_tail_called, convergent))
-#define MM_OUTLINE static __attribute__((noinline))
+#define MM_SITE MM_UNCHECKED static __attribute__((noinline, nomerge, not_tail_called, convergent))
+#define MM_OUTLINE MM_UNCHECKED static __attribute__((noinline))
 
 constexpr ulong mm_stack_bytes = 256 << 10;
 constexpr uint mm_slot_bytes = 32;  // the largest value a lane may publish: a vector of four 64-bit integers
 
 struct mm_worker;
+
+#include "mm_check.h"
 
 // What a fibre knows about itself; lies at the top of its stack.
 struct mm_lane {
@@ -41,6 +43,10 @@ struct mm_simdgroup {
   uint fresh;                                       // nobody has reduced the published values yet
   uint blocked, at_barrier, ready;                  // masks of lanes
   uint size, started;
+#ifdef METAL_MARLIN_CHECKED
+  uchar meeting[32];  // mm_finding if some lanes of the simdgroup stay away
+  uchar flags[32];    // mem_flags of each lane's barrier
+#endif
 };
 
 // Stacks lie at equal offsets from powers of two; without different offsets inside them, their hot lines would all
@@ -94,7 +100,7 @@ MM_FN ulong mm_first_frame(mm_lane* lane, ulong entry) {
 }
 
 // Ends a lane's turn after it has recorded what it waits for; returns when it has been released.
-static void mm_wait(mm_lane* self, mm_simdgroup* group);
+MM_UNCHECKED static void mm_wait(mm_lane* self, mm_simdgroup* group);
 MM_FN mm_simdgroup* mm_group_of(mm_lane* self);
 
 template <class T> struct mm_meeting {
@@ -114,6 +120,9 @@ template <class T> MM_SITE mm_meeting<T> mm_meet(T value) {
     __builtin_memcpy(group->large + lane * mm_slot_bytes, &value, sizeof(T));
   }
   group->bytes[lane] = sizeof(T);
+#ifdef METAL_MARLIN_CHECKED
+  group->meeting[lane] = 0;
+#endif
   group->site[lane] = (ulong)__builtin_return_address(0);
   group->place[lane] = self->place;
   group->blocked |= 1u << lane;
@@ -130,13 +139,21 @@ MM_SITE mm_meeting<void> mm_meet() {
   group->site[lane] = (ulong)__builtin_return_address(0);
   group->place[lane] = self->place;
   group->blocked |= 1u << lane;
+#ifdef METAL_MARLIN_CHECKED
+  group->meeting[lane] = 0;
+#endif
   mm_wait(self, group);
   return {group, lane};
 }
 
-MM_SITE void mm_barrier() {
+// flags: metal::mem_flags, which only the checker asks for
+MM_SITE void mm_barrier(uint flags) {
   mm_lane* self = mm_self();
   mm_simdgroup* group = mm_group_of(self);
+#ifdef METAL_MARLIN_CHECKED
+  group->site[self->index] = (ulong)__builtin_return_address(0);
+  group->flags[self->index] = (uchar)flags;
+#endif
   group->at_barrier |= 1u << self->index;
   mm_wait(self, group);
 }
@@ -155,6 +172,9 @@ MM_OUTLINE void mm_publish(mm_simdgroup* group, uint bytes) {
   }
 }
 
+#ifdef METAL_MARLIN_CHECKED
+MM_OUTLINE void mm_check_release(mm_simdgroup* group, uint together, ulong site);
+#endif
 // Every unfinished lane is blocked: release those that wait at the lowest address.
 MM_OUTLINE void mm_release(mm_simdgroup* group) {
   ulong first = ~0ul, lowest = ~0ul;
@@ -170,6 +190,9 @@ MM_OUTLINE void mm_release(mm_simdgroup* group) {
   uint together = 0;
   for (int i = 0; i < 32; ++i) together |= (uint)(group->site[i] == lowest) << i;
   together &= group->blocked;
+#ifdef METAL_MARLIN_CHECKED
+  mm_check_release(group, together, lowest);
+#endif
   const uint bytes = group->bytes[__builtin_ctz(together)];
   if (bytes != 0) mm_publish(group, bytes);
   group->active = together;
@@ -177,3 +200,23 @@ MM_OUTLINE void mm_release(mm_simdgroup* group) {
   group->ready = together;
   group->blocked &= ~together;
 }
+
+#ifdef METAL_MARLIN_CHECKED
+MM_SITE void mm_check_simdgroup_barrier(uint flags) {
+  mm_lane* self = mm_self();
+  mm_simdgroup* group = mm_group_of(self);
+  const ulong lane = self->index;
+  group->bytes[lane] = 0;
+  group->site[lane] = (ulong)__builtin_return_address(0);
+  group->flags[lane] = (uchar)flags;
+  group->place[lane] = self->place;
+  group->meeting[lane] = mm_lost_simdgroup_barrier;
+  group->blocked |= 1u << lane;
+  mm_wait(self, group);
+}
+// A shuffle reads `lane`, which must have come with a value.
+MM_TOLD void mm_check_lane(uint active, uint lane) {
+  if ((active >> lane & 1) != 0) return;
+  mm_check_meeting(mm_inactive_lane, mm_code(__builtin_return_address(0)), 0, lane);
+}
+#endif

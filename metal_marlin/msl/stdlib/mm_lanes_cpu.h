@@ -31,6 +31,9 @@ MM_FN uint _votes(bool vote, __private uint& lane) {
 template <class T, class From> MM_FN T _shuffled(T x, From from, __private uint& lane) {
   const auto m = _meet(x);
   lane = (uint)m.lane;
+#ifdef METAL_MARLIN_CHECKED
+  mm_check_lane(m.group->active, from(lane, m.group->active) & 31);
+#endif
   return ((T*)m.group->published)[from(lane, m.group->active) & 31];
 }
 
