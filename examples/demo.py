@@ -16,19 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quantised import FP4, INT8, PRESET, decode, quantise
 from rich.console import Console
 from rich.table import Table
 from smollm2 import source_model
 
 from metal_marlin.cli.console import size
 from metal_marlin.cli.models import Reply, load, memory, prompt_tokens, reply_to
+from metal_marlin.integrations.replace import dequantize_linear_layers, replace_linear_layers
 from metal_marlin.quant.evaluate import evaluate
 from metal_marlin.runtime.counters import counters, reset_counters
 
 TEXT = Path(__file__).parent / "pride_and_prejudice.txt"
+PRESETS = {"int8 g64": "int8", "fp4 g64, lm_head int8": "fp4", "default preset: and v, down int8": "default"}
 TOLERANCE = 0.005  # of the perplexity, between our kernels and the decoded weights in torch
-LINEAR = ("decode_gemv", "marlin_gemm", "gemm")  # how kernels of the linear op begin
+LINEAR = ("decode_gemv", "marlin_gemm")  # how kernels of the linear op begin
 console = Console(highlight=False)
 
 
@@ -68,11 +69,11 @@ def quality(model: Any, tokenizer: Any) -> bool:
     source = evaluate(model, ids).perplexity
     table.add_row("source: Q4_1 decoded to float32", size(memory(model)), f"{source:.2f}", "", "", "")
     right = True
-    for name, recipe in (("int8 g64", INT8), ("fp4 g64, lm_head int8", FP4), ("preset: + v, down int8", PRESET)):
+    for name, preset in PRESETS.items():
         ours = copy.deepcopy(model)
-        quantise(ours, recipe)
+        replace_linear_layers(ours, preset=preset)
         found, used = evaluate(ours, ids, original=model), memory(ours)
-        decode(ours)
+        dequantize_linear_layers(ours)
         torch_only = evaluate(ours, ids).perplexity
         right &= abs(found.perplexity / torch_only - 1) <= TOLERANCE
         change = f"{found.perplexity / source - 1:+.1%}"
@@ -102,7 +103,7 @@ def main() -> int:
 
     model, tokenizer = load(str(source_model()), dtype="float32")
     ours = copy.deepcopy(model)
-    layers = quantise(ours, PRESET)
+    layers = len(replace_linear_layers(ours, preset="default").layers)
     before = answer(model, tokenizer, "float32, transformers", options.prompt, options.tokens)
     calls = counted(ours)
     reset_counters()

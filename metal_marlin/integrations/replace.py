@@ -120,6 +120,26 @@ def replace_linear_layers(
     return report
 
 
+def dequantize_linear_layers(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
+    """Replace every QuantLinear of ``model`` by an nn.Linear with the decoded weights in ``dtype``; how many there were.
+
+    What comes out computes in torch what the codes say: the yardstick for our kernels.
+    """
+    layers = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)]
+    made: dict[int, nn.Linear] = {}
+    for name, layer in layers:
+        if id(layer) not in made:
+            weight, bias = layer.quantized().dequantize(dtype), layer.bias
+            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+            plain.weight = nn.Parameter(weight, requires_grad=False)
+            if isinstance(bias, torch.Tensor):
+                plain.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+            made[id(layer)] = plain.train(layer.training)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, made[id(layer)])
+    return len(made)
+
+
 def _linears(model: nn.Module, skip: Sequence[str]) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """Layers to replace by name, and of others with matrices why not."""
     found: dict[str, nn.Linear] = {}
