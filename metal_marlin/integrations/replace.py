@@ -121,7 +121,7 @@ def replace_linear_layers(
 
 
 def dequantize_linear_layers(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
-    """Replace every QuantLinear of ``model`` by an nn.Linear with the decoded weights in ``dtype``; how many there were.
+    """Replace every QuantLinear of ``model`` by an nn.Linear with the decoded weights in ``dtype``; returns how many.
 
     What comes out computes in torch what the codes say: the yardstick for our kernels.
     """

@@ -118,6 +118,8 @@ class _Frame(threading.local):
 
     def __init__(self, slots: int) -> None:
         self.args = (ctypes.c_void_p * max(slots, 1))()
+        self.values: dict[bytes, tuple[int, object]] = {}  # aligned copies of values: address, buffer
+        self.older = self.values
         self.blocks: dict[tuple[object, ...], tuple[int, object]] = {}  # launch shape -> address, buffer
 
 
@@ -145,14 +147,24 @@ class Executable:
     ) -> None:
         frame = self._frame
         args = frame.args
-        keep: list[object] = []
         for i, argument in enumerate(arguments):
-            args[i] = aligned(argument, keep) if isinstance(argument, bytes) else argument
+            args[i] = self._value(frame, argument) if isinstance(argument, bytes) else argument
         shape = (grid, tptg, threads, tuple(dynamic), torch.get_num_threads(), _pool.address)  # type: ignore[union-attr]
         block = frame.blocks.get(shape)
         if block is None:
             block = self._block(frame, *shape)
         raise_status(self.meta.name, self._launch(block[0]))
+
+    def _value(self, frame: _Frame, value: bytes) -> int:
+        """Address of a copy of `value`, which kernels only read: launches mostly repeat the values of earlier ones."""
+        found = frame.values.get(value)
+        if found is None:
+            keep: list[object] = []
+            found = aligned(value, keep), keep
+            if len(frame.values) >= _BLOCKS_KEPT:  # this launch may use some of them already
+                frame.older, frame.values = frame.values, {}
+            frame.values[value] = found
+        return found[0]
 
     def run_once(self, arguments: list[int], grid: Dim3, tptg: Dim3, threads: Dim3, arena: int, check: int) -> int:
         """Launch on the calling thread, with the state of a checker; returns the status."""

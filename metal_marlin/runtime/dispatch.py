@@ -126,6 +126,8 @@ class _Slot:
         self.quick = scalar_packer(param.type) if self.value else None
 
     def pack(self, value: Any) -> bytes:
+        if type(value) is bytes and len(value) == self.param.type.size:
+            return value
         if self.quick is not None and type(value) in _NUMBERS:
             try:
                 return self.quick(value)
