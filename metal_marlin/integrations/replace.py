@@ -104,6 +104,10 @@ def replace_linear_layers(
             raise ArgumentError(f"per_layer: {pattern!r} matches no linear layer")
     rules = {**given, **{p: s for p, s in (chosen.per_layer if chosen else {}).items() if p not in given}}
     base = (chosen.format, chosen.group_size) if chosen is not None else (format, group_size)
+    for name, layer in linears.items():
+        if layer.weight.is_meta or not layer.weight.is_floating_point():
+            weight = layer.weight
+            raise ArgumentError(f"{name}: weight is {weight.dtype} on {weight.device}; load the model first")
     specs = {name: _spec(name, layer, rules, base) for name, layer in linears.items()}
     if not specs:
         raise ArgumentError(f"model: nothing to replace; skipped: {skipped or 'nothing'}")
@@ -118,6 +122,14 @@ def replace_linear_layers(
         if progress is not None:
             progress(done + 1, len(aliases), names[0])
     return report
+
+
+def layer_specs(
+    model: nn.Module, format: str, group_size: int | None, skip: Sequence[str], per_layer: Mapping[str, str]
+) -> dict[str, tuple[str, int]]:
+    """Format and group size of each layer that ``replace_linear_layers`` would replace; weights may be on meta."""
+    linears, _ = _linears(model, skip)
+    return {name: _spec(name, layer, per_layer, (format, group_size)) for name, layer in linears.items()}
 
 
 def dequantize_linear_layers(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
@@ -168,8 +180,6 @@ def _spec(name: str, layer: nn.Linear, rules: Mapping[str, str], base: tuple[str
     try:
         K = layer.in_features
         format, group = parse_spec(rule, K) if rule is not None else (base[0], group_of(*base))
-        if layer.weight.is_meta or not layer.weight.is_floating_point():
-            raise ArgumentError(f"weight is {layer.weight.dtype} on {layer.weight.device}; load the model first")
         padded = K + -K % codec(format).per_word
         codec(format).check(padded, padded if group == K else group)
     except ArgumentError as error:

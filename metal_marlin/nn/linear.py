@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,6 +12,9 @@ from metal_marlin.errors import ArgumentError
 from metal_marlin.ops.linear import linear
 from metal_marlin.quant.rtn import quantize
 from metal_marlin.quant.tensor import NAMES, QuantizedTensor
+
+if TYPE_CHECKING:
+    from metal_marlin.nn.group import LinearGroup
 
 
 class QuantLinear(nn.Module):
@@ -29,6 +32,7 @@ class QuantLinear(nn.Module):
             raise ArgumentError(f"bias: shape {tuple(bias.shape)}; {self.out_features} rows need {weight.shape[:1]}")
         self.format, self.group_size, self.zeros = weight.format, weight.group_size, weight.zeros
         self._padding = weight.padded - self.in_features
+        self.group: LinearGroup | None = None  # layers of the same input that are computed together
         self.register_buffer("weight", weight.codes)
         self.register_buffer("weight_scale", weight.scales)
         self.register_buffer("weight_extra", weight.extra)
@@ -52,6 +56,8 @@ class QuantLinear(nn.Module):
         buffers = self._buffers  # an attribute of a module is a search through three dictionaries
         if x.shape[-1] != self.in_features:
             raise ArgumentError(f"QuantLinear: x has K = {x.shape[-1]}, the weight has K = {self.in_features}")
+        if self.group is not None and not torch.compiler.is_compiling():
+            return self.group.take(self, x)
         if self._padding:
             x = nn.functional.pad(x, (0, self._padding))
         elif not x.is_contiguous():
@@ -83,6 +89,7 @@ class QuantLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
+        self.group = None  # whose memory the buffers no longer are
         kept = {name: self._buffers[name] for name in NAMES.values()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in kept.items():
@@ -92,6 +99,7 @@ class QuantLinear(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.group = None
         errors: list[str] = args[-1]
         for name in NAMES.values():
             mine, given = self._buffers[name], state_dict.get(prefix + name)

@@ -206,6 +206,32 @@ class QuantizedTensor:
             raise ArgumentError(f"{path}: {error}") from None
 
 
+def empty(
+    shape: tuple[int, int],
+    format: str,
+    group_size: int,
+    scale_dtype: torch.dtype = torch.float16,
+    device: torch.device | str = "cpu",
+    zeros: str | None = None,
+) -> QuantizedTensor:
+    """A tensor to be filled: shape (N, K) and everything that follows from it. Raises ArgumentError."""
+    form, (N, K) = codec(format), shape
+    words = -(-K // form.per_word)
+    kind = form.zero_kinds[0] if zeros is None else zeros
+    groups = form.groups_of(words * form.per_word, group_size)
+    dtype = scale_dtype if form.scale_kind == "float" else torch.uint8
+    more = form.extra_shape(N, groups, kind)
+    return QuantizedTensor(
+        torch.empty(N, words, dtype=torch.int32, device=device),
+        torch.empty(N, groups, dtype=dtype, device=device),
+        None if more is None else torch.empty(more, dtype=form.extra_dtype(dtype, kind), device=device),
+        format,
+        group_size,
+        kind,
+        shape,
+    )
+
+
 def cat(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
     """One tensor of all rows. Raises ArgumentError unless format, group size, zeros, K, dtypes and any scale of the
     whole tensor agree."""

@@ -1,0 +1,58 @@
+"""MetalMarlinConfig: what a model's ``quantization_config`` says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from metal_marlin.errors import ArgumentError
+from metal_marlin.formats import codec
+from metal_marlin.quant.presets import preset as find_preset
+
+METHOD = "metal_marlin"
+
+
+class MetalMarlinConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """How linear layers are quantised; arguments as ``replace_linear_layers``.
+
+    preset: a name of ``PRESETS``, resolved at once: the file holds format, group_size, per_layer and skip.
+    dequantize: load a checkpoint of ours as a plain model in its dtype. fuse: see ``fusion.fuse``; only about running.
+    Raises ArgumentError for unknown formats and presets.
+    """
+
+    def __init__(
+        self,
+        format: str = "fp4",
+        group_size: int | None = None,
+        per_layer: dict[str, str] | None = None,
+        skip: list[str] | None = None,
+        scale: str = "rtn",
+        preset: str | None = None,
+        dequantize: bool = False,
+        fuse: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.quant_method = METHOD
+        self.format, self.group_size, self.scale = format, group_size, scale
+        self.per_layer, self.skip = dict(per_layer or {}), list(("lm_head",) if skip is None else skip)
+        self.dequantize, self.fuse = dequantize, fuse
+        # a checkpoint of another kind, whose layers say themselves what they hold; see importers.py
+        self.layers: dict[str, str] = dict(kwargs.get("layers") or {})
+        if preset is not None:
+            chosen = find_preset(preset)
+            self.format, self.group_size = chosen.format, chosen.group_size
+            self.per_layer = {**self.per_layer, **chosen.per_layer}
+            self.skip = list(chosen.skip if skip is None else skip)
+        codec(self.format)
+        if scale not in ("rtn", "mse"):
+            raise ArgumentError(f"scale = {scale!r}; it is 'rtn' or 'mse'")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        kept = ("quant_method", "format", "group_size", "per_layer", "skip", "scale", "layers")
+        return {name: getattr(self, name) for name in kept}
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What the caller of from_pretrained decides for a checkpoint that has a config of its own."""
+        return {"dequantize": self.dequantize, "fuse": self.fuse}

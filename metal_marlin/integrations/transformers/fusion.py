@@ -1,0 +1,94 @@
+"""fuse(): fewer launches for decoder models whose linear layers are ours.
+
+Projections of one input (q, k, v; gate, up) are computed together where their formats agree, RMS norms and gated
+activations by one kernel each. Modules keep their names and weights, so saving and reloading know nothing of it.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from metal_marlin.nn.group import LinearGroup
+from metal_marlin.nn.linear import QuantLinear
+from metal_marlin.nn.norm import RMSNorm
+from metal_marlin.ops.activation import gated_activation
+
+# names of layers that read the same input; of the module they are in
+PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# transformers' config names of activations -> ours
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+}
+# classes of norms that compute weight * normalised(x) as ours does -> what is added to the weight
+NORMS = {"LlamaRMSNorm": 0.0, "MistralRMSNorm": 0.0, "Qwen2RMSNorm": 0.0, "Qwen3RMSNorm": 0.0}
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What fuse() changed: groups of projections, gated MLPs, norms."""
+
+    groups: int
+    mlps: int
+    norms: int
+
+
+def fuse(model: nn.Module) -> Fusion:
+    """Fuse what can be fused, in place; a model without our layers, or already fused, stays as it is."""
+    groups = mlps = norms = 0
+    for module in list(model.modules()):
+        for names in PROJECTIONS:
+            groups += len(_group(module, names))
+        mlps += _fuse_mlp(module)
+        for name, child in list(module.named_children()):
+            offset = NORMS.get(type(child).__name__)
+            if offset is not None and any(isinstance(m, QuantLinear) for m in model.modules()):
+                setattr(module, name, RMSNorm(child.weight, child.variance_epsilon, offset).train(child.training))  # type: ignore[arg-type]
+                norms += 1
+    return Fusion(groups, mlps, norms)
+
+
+def _group(module: nn.Module, names: tuple[str, ...]) -> list[LinearGroup]:
+    """Groups of those of the layers that agree in format, group size and zeros."""
+    layers = [getattr(module, name, None) for name in names]
+    kinds: dict[tuple[object, ...], list[QuantLinear]] = {}
+    for layer in layers:
+        if type(layer) is QuantLinear and layer.bias is None and layer.group is None:
+            kind = layer.format, layer.group_size, layer.zeros, layer.in_features, layer.weight_scale.dtype
+            if layer.format != "nvfp4":  # each has a scale of its own for the whole tensor
+                kinds.setdefault(kind, []).append(layer)
+    return [LinearGroup(found) for found in kinds.values() if len(found) > 1]
+
+
+def _fuse_mlp(module: nn.Module) -> bool:
+    """Give a gated MLP whose gate and up are one group a forward with one kernel for act(gate) · up."""
+    gate, up, down = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
+    config = getattr(module, "config", None)
+    activation = ACTIVATIONS.get(str(getattr(config, "hidden_act", getattr(config, "hidden_activation", ""))))
+    if not isinstance(gate, QuantLinear) or not isinstance(up, QuantLinear) or down is None or activation is None:
+        return False
+    if gate.group is None or gate.group is not up.group or "forward" in module.__dict__:
+        return False
+    module.forward = types.MethodType(_mlp_forward(activation, module.forward), module)
+    return True
+
+
+def _mlp_forward(
+    activation: str, plain: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        group = self.gate_proj.group  # None after a move of the model
+        if group is None or torch.compiler.is_compiling():
+            return plain(x)
+        return self.down_proj(gated_activation(group.whole(x), activation))  # type: ignore[operator,union-attr]
+
+    return forward

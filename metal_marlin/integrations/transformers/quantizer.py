@@ -1,0 +1,137 @@
+"""The quantizer behind quant_method "metal_marlin": quantises while loading, saves, reloads the same bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers.quantizers.auto as auto
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.base import HfQuantizer
+
+from metal_marlin.errors import ArgumentError
+from metal_marlin.integrations.replace import dequantize_linear_layers, layer_specs
+from metal_marlin.integrations.transformers.config import METHOD, MetalMarlinConfig
+from metal_marlin.integrations.transformers.fusion import fuse
+from metal_marlin.nn.linear import QuantLinear
+from metal_marlin.quant.rtn import quantize
+from metal_marlin.quant.tensor import NAMES, empty
+
+
+def install() -> None:
+    """Register with transformers; ``register()`` of this package calls it once."""
+    auto.register_quantization_config(METHOD)(MetalMarlinConfig)
+    auto.register_quantizer(METHOD)(MetalMarlinQuantizer)
+    # or what the caller says of a checkpoint with a config of its own is dropped
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (MetalMarlinConfig,)  # type: ignore[attr-defined]
+
+
+class MetalMarlinQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Swaps linear layers for QuantLinear before weights arrive; quantises each weight as it does."""
+
+    requires_calibration = False
+    _tied: dict[str, tuple[str, int]]
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        places = kwargs.get("device_map")
+        if (
+            isinstance(places, dict)
+            and not self.pre_quantized
+            and {"disk", "cpu"} & set(places.values())
+            and len(set(places.values())) > 1
+        ):
+            raise ArgumentError(f"device_map = {places}; layers are quantised on one device, without offloading")
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        config = self.quantization_config
+        specs = layer_specs(model, config.format, config.group_size, config.skip, config.per_layer)
+        tied = _tied_layers(model)
+        self._tied = {}
+        for name, (format, group) in specs.items():
+            if name in tied and not self.pre_quantized:  # its weight is the embedding's, which stays: after loading
+                self._tied[name] = (format, group)
+                continue
+            old = model.get_submodule(name)
+            scale_dtype = torch.float16
+            weight = empty((old.out_features, old.in_features), format, group, scale_dtype, "meta")  # type: ignore[arg-type]
+            bias = None if old.bias is None else torch.empty_like(old.bias, device="meta")  # type: ignore[call-overload]
+            model.set_submodule(name, QuantLinear(weight, bias))
+        return model
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        name, _, last = param_name.rpartition(".")
+        return last == "weight" and not self.pre_quantized and isinstance(model.get_submodule(name), QuantLinear)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self.quantization_config.scale)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        config = self.quantization_config
+        for name, (format, group) in self._tied.items():
+            old = model.get_submodule(name)
+            assert isinstance(old, nn.Linear)
+            model.set_submodule(name, QuantLinear.from_linear(old, format, group, config.scale))
+            _untie(model)
+        if config.dequantize and self.pre_quantized:
+            dequantize_linear_layers(model, model.dtype)  # type: ignore[arg-type]
+        elif config.fuse:
+            fuse(model)
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        dequantize_linear_layers(model, dtype or torch.float32)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class _Quantize(ConversionOps):  # type: ignore[misc]
+    """One weight as it is loaded -> codes, scales, extra under the names of QuantLinear's buffers."""
+
+    def __init__(self, scale: str) -> None:
+        self.scale = scale
+
+    def convert(
+        self, input_dict: dict[str, Any], *args: Any, full_layer_name: str, model: nn.Module, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        (value,) = input_dict.values()
+        weight = value[0] if isinstance(value, list) else value
+        prefix = full_layer_name.rpartition(".")[0]
+        layer = model.get_submodule(prefix)
+        assert isinstance(layer, QuantLinear)
+        try:
+            found = quantize(weight, layer.format, layer.group_size, self.scale)
+        except ArgumentError as error:
+            raise ArgumentError(f"{prefix}: {error}") from None
+        missing = kwargs.get("missing_keys")
+        made = {f"{prefix}.{name}": getattr(found, field) for field, name in NAMES.items()}
+        if missing is not None:
+            missing -= set(made)
+        return {name: tensor for name, tensor in made.items() if tensor is not None}
+
+
+def _tied_layers(model: nn.Module) -> set[str]:
+    """Names of linear layers whose weight is that of an embedding."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return set()
+    keys = getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or {}
+    return {key.removesuffix(".weight") for key in keys}
+
+
+def _untie(model: nn.Module) -> None:
+    """The quantised head has a weight of its own: nothing may put the embedding's in its place again."""
+    model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    for name in ("all_tied_weights_keys", "_tied_weights_keys"):
+        if getattr(model, name, None):
+            setattr(model, name, {})
