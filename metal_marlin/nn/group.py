@@ -16,8 +16,8 @@ class LinearGroup:
 
     The layers stay where they are and keep their names, but their buffers become views of the group's. The first layer
     that is called with an input computes all; the others take their part when they are called with the same tensor.
-    A layer that is moved or loaded anew leaves the group by itself. Raises ArgumentError where formats, group sizes, zeros,
-    inputs or biases differ.
+    A layer that is moved or loaded anew leaves the group by itself. Raises ArgumentError for layers with biases and
+    where formats, group sizes, zeros or inputs differ.
     """
 
     def __init__(self, layers: Sequence[QuantLinear]) -> None:

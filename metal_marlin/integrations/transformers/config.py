@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from metal_marlin.errors import ArgumentError
@@ -11,9 +12,23 @@ from metal_marlin.formats import codec
 from metal_marlin.quant.presets import preset as find_preset
 
 METHOD = "metal_marlin"
+_DTYPES = {"half": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "u8": torch.uint8}
 
 
-class MetalMarlinConfig(QuantizationConfigMixin):  # type: ignore[misc]
+def write_spec(format: str, group_size: int, zeros: str, scale_dtype: torch.dtype) -> str:
+    """A layer of an imported checkpoint, as the config's ``layers`` says it: "int4:64:bias:bf16"."""
+    return f"{format}:{group_size}:{zeros}:{next(k for k, d in _DTYPES.items() if d == scale_dtype)}"
+
+
+def read_spec(spec: str) -> tuple[str, int, str, torch.dtype]:
+    """Format, group size, zeros and dtype of the scales. Raises ArgumentError."""
+    parts = spec.split(":")
+    if len(parts) != 4 or not parts[1].isdigit() or parts[3] not in _DTYPES:
+        raise ArgumentError(f"layers: {spec!r} is not format:group:zeros:dtype with dtype one of {', '.join(_DTYPES)}")
+    return parts[0], int(parts[1]), parts[2], _DTYPES[parts[3]]
+
+
+class MetalMarlinConfig(QuantizationConfigMixin):
     """How linear layers are quantised; arguments as ``replace_linear_layers``.
 
     preset: a name of ``PRESETS``, resolved at once: the file holds format, group_size, per_layer and skip.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,17 +50,18 @@ def fuse(model: nn.Module) -> Fusion:
         for names in PROJECTIONS:
             groups += len(_group(module, names))
         mlps += _fuse_mlp(module)
-        for name, child in list(module.named_children()):
+        children: list[tuple[str, Any]] = list(module.named_children())
+        for name, child in children:
             offset = NORMS.get(type(child).__name__)
             if offset is not None and any(isinstance(m, QuantLinear) for m in model.modules()):
-                setattr(module, name, RMSNorm(child.weight, child.variance_epsilon, offset).train(child.training))  # type: ignore[arg-type]
+                setattr(module, name, RMSNorm(child.weight, child.variance_epsilon, offset).train(child.training))
                 norms += 1
     return Fusion(groups, mlps, norms)
 
 
 def _group(module: nn.Module, names: tuple[str, ...]) -> list[LinearGroup]:
     """Groups of those of the layers that agree in format, group size and zeros."""
-    layers = [getattr(module, name, None) for name in names]
+    layers: list[Any] = [getattr(module, name, None) for name in names]
     kinds: dict[tuple[object, ...], list[QuantLinear]] = {}
     for layer in layers:
         if type(layer) is QuantLinear and layer.bias is None and layer.group is None:
@@ -71,7 +73,9 @@ def _group(module: nn.Module, names: tuple[str, ...]) -> list[LinearGroup]:
 
 def _fuse_mlp(module: nn.Module) -> bool:
     """Give a gated MLP whose gate and up are one group a forward with one kernel for act(gate) · up."""
-    gate, up, down = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
+    gate: Any = getattr(module, "gate_proj", None)
+    up: Any = getattr(module, "up_proj", None)
+    down: Any = getattr(module, "down_proj", None)
     config = getattr(module, "config", None)
     activation = ACTIVATIONS.get(str(getattr(config, "hidden_act", getattr(config, "hidden_activation", ""))))
     if not isinstance(gate, QuantLinear) or not isinstance(up, QuantLinear) or down is None or activation is None:
@@ -84,11 +88,11 @@ def _fuse_mlp(module: nn.Module) -> bool:
 
 def _mlp_forward(
     activation: str, plain: Callable[[torch.Tensor], torch.Tensor]
-) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
-    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        group = self.gate_proj.group  # None after a move of the model
+) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        group = getattr(self.gate_proj, "group", None)  # gone when the model has moved or was dequantised
         if group is None or torch.compiler.is_compiling():
             return plain(x)
-        return self.down_proj(gated_activation(group.whole(x), activation))  # type: ignore[operator,union-attr]
+        return self.down_proj(gated_activation(group.whole(x), activation))
 
     return forward

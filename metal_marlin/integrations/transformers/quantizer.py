@@ -12,7 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from metal_marlin.errors import ArgumentError
 from metal_marlin.integrations.replace import dequantize_linear_layers, layer_specs
-from metal_marlin.integrations.transformers.config import METHOD, MetalMarlinConfig
+from metal_marlin.integrations.transformers.config import METHOD, MetalMarlinConfig, read_spec
 from metal_marlin.integrations.transformers.fusion import fuse
 from metal_marlin.nn.linear import QuantLinear
 from metal_marlin.quant.rtn import quantize
@@ -24,10 +24,10 @@ def install() -> None:
     auto.register_quantization_config(METHOD)(MetalMarlinConfig)
     auto.register_quantizer(METHOD)(MetalMarlinQuantizer)
     # or what the caller says of a checkpoint with a config of its own is dropped
-    auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (MetalMarlinConfig,)  # type: ignore[attr-defined]
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (MetalMarlinConfig,)
 
 
-class MetalMarlinQuantizer(HfQuantizer):  # type: ignore[misc]
+class MetalMarlinQuantizer(HfQuantizer):
     """Swaps linear layers for QuantLinear before weights arrive; quantises each weight as it does."""
 
     requires_calibration = False
@@ -45,18 +45,18 @@ class MetalMarlinQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
+        self._tied = {}
+        if config.layers:  # an imported checkpoint
+            for name, spec in config.layers.items():
+                _swap(model, name, *read_spec(spec))
+            return model
         specs = layer_specs(model, config.format, config.group_size, config.skip, config.per_layer)
         tied = _tied_layers(model)
-        self._tied = {}
         for name, (format, group) in specs.items():
             if name in tied and not self.pre_quantized:  # its weight is the embedding's, which stays: after loading
                 self._tied[name] = (format, group)
                 continue
-            old = model.get_submodule(name)
-            scale_dtype = torch.float16
-            weight = empty((old.out_features, old.in_features), format, group, scale_dtype, "meta")  # type: ignore[arg-type]
-            bias = None if old.bias is None else torch.empty_like(old.bias, device="meta")  # type: ignore[call-overload]
-            model.set_submodule(name, QuantLinear(weight, bias))
+            _swap(model, name, format, group)
         return model
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
@@ -66,15 +66,15 @@ class MetalMarlinQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self.quantization_config.scale)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
         for name, (format, group) in self._tied.items():
-            old = model.get_submodule(name)
-            assert isinstance(old, nn.Linear)
-            model.set_submodule(name, QuantLinear.from_linear(old, format, group, config.scale))
+            head = model.get_submodule(name)
+            assert isinstance(head, nn.Linear)
+            model.set_submodule(name, QuantLinear.from_linear(head, format, group, config.scale))
             _untie(model)
         if config.dequantize and self.pre_quantized:
-            dequantize_linear_layers(model, model.dtype)  # type: ignore[arg-type]
+            dequantize_linear_layers(model, model.dtype)
         elif config.fuse:
             fuse(model)
         return model
@@ -95,7 +95,26 @@ class MetalMarlinQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-class _Quantize(ConversionOps):  # type: ignore[misc]
+def _swap(
+    model: Any,
+    name: str,
+    format: str,
+    group_size: int,
+    zeros: str | None = None,
+    scale_dtype: torch.dtype = torch.float16,
+) -> None:
+    """An empty QuantLinear in place of a linear layer. Raises ArgumentError where there is none."""
+    old: Any = model.get_submodule(name)
+    if not isinstance(old, nn.Linear):
+        raise ArgumentError(
+            f"{name}: the checkpoint holds a quantised linear layer, the model has {type(old).__name__}"
+        )
+    weight = empty((old.out_features, old.in_features), format, group_size, scale_dtype, "meta", zeros)
+    bias = None if old.bias is None else torch.empty_like(old.bias, device="meta")
+    model.set_submodule(name, QuantLinear(weight, bias))
+
+
+class _Quantize(ConversionOps):
     """One weight as it is loaded -> codes, scales, extra under the names of QuantLinear's buffers."""
 
     def __init__(self, scale: str) -> None:
