@@ -95,7 +95,8 @@ for name in ("MAP_PRIVATE", "MAP_ANONYMOUS", "MAP_NORESERVE") if system == "win3
         delattr(mmap, name)
 import metal_marlin
 for module in pkgutil.walk_packages(metal_marlin.__path__, "metal_marlin."):
-    importlib.import_module(module.name)
+    if not module.name.startswith("metal_marlin.integrations.transformers."):  # for those who have it
+        importlib.import_module(module.name)
 from metal_marlin import MetalKernelLibrary
 from metal_marlin.errors import NoDeviceError, CompilerNotFound
 from metal_marlin.runtime import device_cpu, device_cuda

@@ -124,6 +124,49 @@ def cache(
 
 
 @app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="Folder of a transformers model, or a name on the hub.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write.")],
+    preset: Annotated[str | None, typer.Option(help="default, fp4, int8; default where no --format is given.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="One format for every layer but lm_head: fp4, int4, int8 …")
+    ] = None,
+    group_size: Annotated[int | None, typer.Option(help="Weights a scale, with --format.")] = None,
+    scale: Annotated[str, typer.Option(help="rtn, or mse: search for smaller errors.")] = "rtn",
+    per_layer: Annotated[
+        list[str] | None, typer.Option(help="PATTERN=FORMAT[:GROUP], such as 'v_proj=int8:64'. Can be repeated.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the target if it exists.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Show every layer, not the worst alone.")] = False,
+) -> None:
+    """Quantise a model's linear layers and save it; from_pretrained reloads it after register()."""
+    from metal_marlin.cli import quantize as command
+
+    command.run(
+        source,
+        target,
+        preset=preset,
+        format=format,
+        group_size=group_size,
+        scale=scale,
+        per_layer=per_layer or [],
+        force=force,
+        every=every,
+    )
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="Folder of an MLX, compressed-tensors or MXFP4 checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+) -> None:
+    """Rewrite a quantised checkpoint of another library for our kernels, its codes kept."""
+    from metal_marlin.cli import quantize as command
+
+    command.run_import(source, target)
+
+
+@app.command()
 def check(
     file: Annotated[Path, typer.Argument(help="The .metal file.", **_EXISTING)],
     kernel: Annotated[str, typer.Option(help="Kernel to check; may be left out if there is one.")] = "",

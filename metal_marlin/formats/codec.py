@@ -244,7 +244,7 @@ class Codec:
         s = self.scale_values(scales, tensor_scale).unsqueeze(-1).to(grouped.dtype)
         o = offsets.unsqueeze(-1).to(grouped.dtype)
         bias = o if zeros == "bias" else 0.0
-        zero = o if zeros in ("point", "packed") else float(self.middle)
+        zero = o if zeros in ("point", "packed") else float(self.middle) if zeros == "none" else 0.0
         reciprocal = torch.where(s > 0, 1 / s, 0.0) if grouped.dtype == torch.float32 else None
         ratio = (grouped - bias) / torch.where(s > 0, s, 1.0) if reciprocal is None else (grouped - bias) * reciprocal
         return torch.where(s > 0, ratio, 0.0) + zero, s, zero, bias

@@ -40,10 +40,10 @@ _NAMED: dict[str, dict[str, _Way]] = {
     "fp4": {
         "dequant_fp4_kernel": _PLAIN,
         "dequant_fp4_aligned_kernel": _ALIGNED,
-        "dequant_fp4_optimal": _Way("each", 4, wide=True),
-        "dequant_fp4_optimal_rowmajor": _Way("rows", 4, wide=True),
+        "dequant_fp4_optimal": _Way("run", turns=2),
+        "dequant_fp4_optimal_rowmajor": _Way("rows", wide=True),
         "dequant_fp4_simdgroup_optimal": _Way("run", turns=8),
-        "dequant_fp4_bandwidth_max": _Way("each", 8, wide=True),
+        "dequant_fp4_bandwidth_max": _Way("run", turns=16),
     },
     "int4": {"dequant_int4_kernel": _PLAIN, "dequant_int4_aligned_kernel": _ALIGNED},
     "int8": {"dequant_int8_kernel": _PLAIN, "dequant_int8_aligned_kernel": _ALIGNED, "dequant_int8_2d_kernel": _ROWS},

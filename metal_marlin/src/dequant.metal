@@ -4,9 +4,9 @@
 //
 // Rows: dequant_<format>_<variant>[__t<y>_s<scales>_z<zeros>]; y and scales are half by default.
 //   _kernel             a word a thread                    _aligned_kernel   the words of a 16-byte store a thread
-//   _bulk               the device's own, any size         _optimal          4 words a thread, 16-byte loads and stores
-//   _optimal_rowmajor   the same, the grid's x is the row_bandwidth_max    8 words a thread, 16-byte loads and stores
-//   _simdgroup_optimal  a simdgroup takes 8 words a lane next to one another, coalesced
+//   _bulk               the device's own, any size         _optimal_rowmajor  aligned, the grid's x is the row
+//   _optimal, _simdgroup_optimal, _bandwidth_max           a simdgroup takes a run, 2, 8 or 16 stores a lane, coalesced
+// On an H200 threads that take several words in turn, whose stores lie apart, reached a third of these.
 #include <metal_stdlib>
 #include "core/dequant_rows.h"
 #include "formats/fp4.h"
@@ -30,10 +30,10 @@ typedef Quantized<FP4, E4M3, TensorScale> Nvfp4;
 ROWS("dequant_fp4_kernel", "", "", DequantPlain, Fp4)
 ROWS("dequant_fp4_aligned_kernel", "", "", DequantAligned, Fp4)
 ROWS("dequant_fp4_bulk", "", "", Dequant, Fp4)
-ROWS("dequant_fp4_optimal", "", "", DequantFour, Fp4)
-ROWS("dequant_fp4_optimal_rowmajor", "", "", DequantFourRows, Fp4)
-ROWS("dequant_fp4_simdgroup_optimal", "", "", DequantSimd, Fp4)
-ROWS("dequant_fp4_bandwidth_max", "", "", DequantMost, Fp4)
+ROWS("dequant_fp4_optimal", "", "", DequantTwo, Fp4)
+ROWS("dequant_fp4_optimal_rowmajor", "", "", DequantAlignedRows, Fp4)
+ROWS("dequant_fp4_simdgroup_optimal", "", "", DequantEight, Fp4)
+ROWS("dequant_fp4_bandwidth_max", "", "", DequantSixteen, Fp4)
 INT4_ROWS("dequant_int4_kernel", DequantPlain)
 INT4_ROWS("dequant_int4_aligned_kernel", DequantAligned)
 INT4_ROWS("dequant_int4_bulk", Dequant)

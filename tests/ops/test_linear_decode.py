@@ -59,8 +59,8 @@ def parts(words: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.stack([unsigned >> (bits * i) & (2**bits - 1) for i in range(32 // bits)], -1).flatten(-2)
 
 
-def weights(case: Case, tensors: Tensors) -> torch.Tensor:
-    """[N, K] in float64 by the definition of the format."""
+def weights(case: Case, tensors: Tensors, *, largest: bool = False) -> torch.Tensor:
+    """[N, K] in float64 by the definition of the format; or the magnitudes that its parts may have on the way."""
     _, codes, scales, extra = (None if t is None else t.cpu() for t in tensors)
     assert codes is not None
     assert scales is not None
@@ -82,6 +82,8 @@ def weights(case: Case, tensors: Tensors) -> torch.Tensor:
         else:
             zero = extra.double() if case.zeros == "point" else parts(extra, bits)[:, : scale.shape[1]].double()
     W = values[parts(codes, bits)]
+    if largest:
+        scale, W, zero, bias = scale.abs(), W.abs(), -zero.abs(), bias.abs()
     return scale[:, column] * (W - zero[:, column]) + bias[:, column]
 
 
@@ -105,13 +107,16 @@ def check(y: torch.Tensor, case: Case, tensors: Tensors) -> None:
     W = weights(case, tensors)
     exact = x.cpu().double() @ W.T
     composed = x @ W.to(x.dtype).to(x.device).T
-    unit = ROUNDING[case.dtype]
-    size = exact.norm(dim=-1)
+    unit, size = ROUNDING[case.dtype], exact
+    if case.dtype == torch.float32:
+        # torch's sums of short rows can be right to the last bit, and zeros are taken off the sums here: a rounding of
+        # the largest partial sums is granted
+        size = x.cpu().double().abs() @ weights(case, tensors, largest=True).T
     ours, theirs = ((t.cpu().double() - exact).norm(dim=-1) for t in (y, composed))
     assert y.dtype == x.dtype
-    assert (ours <= 2 * theirs + unit * size).all(), (ours / size, theirs / size)
+    assert (ours <= 2 * theirs + unit * size.norm(dim=-1)).all(), (ours, theirs, size)
     worst = (composed.cpu().double() - exact).abs().max()
-    assert (y.cpu().double() - exact).abs().max() <= 8 * worst + unit * exact.abs().max()
+    assert (y.cpu().double() - exact).abs().max() <= 8 * worst + unit * size.abs().max()
 
 
 @pytest.mark.parametrize("device", DEVICES)

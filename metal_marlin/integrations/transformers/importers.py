@@ -5,7 +5,7 @@ Layouts, each by the rules its library publishes:
   pack-quantized    compressed-tensors: weight_packed int32, codes offset by half their range, weight_scale [N, K/g],
                     weight_zero_point packed along N
   nvfp4-pack-quantized  weight_packed uint8 [N, K/2], weight_scale E4M3 [N, K/16], weight_global_scale, a divisor
-  mxfp4             <name>_blocks uint8 [N, K/32, 16] and <name>_scales uint8 [N, K/32], or weight_packed and weight_scale
+  mxfp4             weight_blocks uint8 [N, K/32, 16] and weight_scales uint8 [N, K/32], or weight_packed, weight_scale
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class MetalMarlinQuantizer(HfQuantizer):
             head = model.get_submodule(name)
             assert isinstance(head, nn.Linear)
             model.set_submodule(name, QuantLinear.from_linear(head, format, group, config.scale))
-            _untie(model)
+            untie(model)
         if config.dequantize and self.pre_quantized:
             dequantize_linear_layers(model, model.dtype)
         elif config.fuse:
@@ -148,7 +148,7 @@ def _tied_layers(model: nn.Module) -> set[str]:
     return {key.removesuffix(".weight") for key in keys}
 
 
-def _untie(model: nn.Module) -> None:
+def untie(model: nn.Module) -> None:
     """The quantised head has a weight of its own: nothing may put the embedding's in its place again."""
     model.config.tie_word_embeddings = False  # type: ignore[union-attr]
     for name in ("all_tied_weights_keys", "_tied_weights_keys"):

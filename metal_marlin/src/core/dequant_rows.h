@@ -32,10 +32,11 @@ template <typename Format>
 template <typename Q, typename T> using DequantPlain = DequantEach<Q, T, 1, false>;
 template <typename Q, typename T> using DequantAligned = DequantEach<Q, T, DequantUnit<Q, T>::kWords, true>;
 template <typename Q, typename T> using DequantPlainRows = DequantRows<Q, T, 1, false>;
-template <typename Q, typename T> using DequantFour = DequantEach<Q, T, 4, true>;
-template <typename Q, typename T> using DequantFourRows = DequantRows<Q, T, 4, true>;
-template <typename Q, typename T> using DequantMost = DequantEach<Q, T, 8, true>;
-template <typename Q, typename T> using DequantSimd = DequantRun<Q, T, 8>;
+template <typename Q, typename T>
+using DequantAlignedRows = DequantRows<Q, T, DequantUnit<Q, T>::kWords, true>;
+template <typename Q, typename T> using DequantTwo = DequantRun<Q, T, 2>;
+template <typename Q, typename T> using DequantEight = DequantRun<Q, T, 8>;
+template <typename Q, typename T> using DequantSixteen = DequantRun<Q, T, 16>;
 
 #define ROW(name, Core, Q, T) INSTANTIATE(name, dequant<Core<Q, T>, Q, T>)
 
