@@ -24,6 +24,8 @@ class QuantLinear(nn.Module):
     Moves between devices; ``.half()`` and ``.to(dtype)`` change the bias alone.
     """
 
+    bias: torch.Tensor | None
+
     def __init__(self, weight: QuantizedTensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()
         weight.canonical("QuantLinear")

@@ -30,19 +30,17 @@ template <typename Act, typename T>
 [[kernel]] void activation(device const T* x [[buffer(0)]], device T* y [[buffer(1)]],
                            constant ActivationShape& shape [[buffer(2)]],
                            uint2 tgid [[threadgroup_position_in_grid]],
-                           uint tid [[thread_index_in_threadgroup]],
-                           uint2 size [[threads_per_threadgroup]]) {
+                           uint tid [[thread_index_in_threadgroup]], uint2 size [[threads_per_threadgroup]]) {
     const ActivationPlace at(shape, tgid.x, tid, size.x);
     const ulong row = ulong(tgid.y) * ulong(shape.width);
     for (uint i = at.begin; i < at.end; i += at.stride) y[row + i] = T(Act::of(float(x[row + i])));
 }
 
 template <typename Act, typename T>
-[[kernel]] void gated_activation(device const T* x [[buffer(0)]], device T* y [[buffer(1)]],
-                                 constant ActivationShape& shape [[buffer(2)]],
-                                 uint2 tgid [[threadgroup_position_in_grid]],
-                                 uint tid [[thread_index_in_threadgroup]],
-                                 uint2 size [[threads_per_threadgroup]]) {
+[[kernel]] void
+gated_activation(device const T* x [[buffer(0)]], device T* y [[buffer(1)]],
+                 constant ActivationShape& shape [[buffer(2)]], uint2 tgid [[threadgroup_position_in_grid]],
+                 uint tid [[thread_index_in_threadgroup]], uint2 size [[threads_per_threadgroup]]) {
     const ActivationPlace at(shape, tgid.x, tid, size.x);
     const uint width = uint(shape.width);
     device const T* gate = x + 2 * ulong(tgid.y) * width;

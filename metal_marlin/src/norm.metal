@@ -37,12 +37,11 @@ static inline void scale_row(device const T* x, device const T* weight, device T
 }
 
 template <typename T>
-[[kernel]] void rms_norm(device const T* x [[buffer(0)]], device const T* weight [[buffer(1)]],
-                         device T* y [[buffer(2)]], constant NormShape& shape [[buffer(3)]],
-                         constant NormNumbers& numbers [[buffer(4)]],
-                         uint row [[threadgroup_position_in_grid]],
-                         uint sgid [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
-                         uint sgs [[simdgroups_per_threadgroup]]) {
+[[kernel]] void
+rms_norm(device const T* x [[buffer(0)]], device const T* weight [[buffer(1)]], device T* y [[buffer(2)]],
+         constant NormShape& shape [[buffer(3)]], constant NormNumbers& numbers [[buffer(4)]],
+         uint row [[threadgroup_position_in_grid]], uint sgid [[simdgroup_index_in_threadgroup]],
+         uint lane [[thread_index_in_simdgroup]], uint sgs [[simdgroups_per_threadgroup]]) {
     threadgroup ReduceShared sh;
     const ReducePlace at = {sgid, lane, sgs};
     const uint width = uint(shape.width);
@@ -54,14 +53,13 @@ template <typename T>
 }
 
 template <typename T>
-[[kernel]] void rms_norm_residual(device const T* x [[buffer(0)]], device const T* residual [[buffer(1)]],
-                                  device const T* weight [[buffer(2)]], device T* y [[buffer(3)]],
-                                  device T* sum [[buffer(4)]], constant NormShape& shape [[buffer(5)]],
-                                  constant NormNumbers& numbers [[buffer(6)]],
-                                  uint row [[threadgroup_position_in_grid]],
-                                  uint sgid [[simdgroup_index_in_threadgroup]],
-                                  uint lane [[thread_index_in_simdgroup]],
-                                  uint sgs [[simdgroups_per_threadgroup]]) {
+[[kernel]] void
+rms_norm_residual(device const T* x [[buffer(0)]], device const T* residual [[buffer(1)]],
+                  device const T* weight [[buffer(2)]], device T* y [[buffer(3)]],
+                  device T* sum [[buffer(4)]], constant NormShape& shape [[buffer(5)]],
+                  constant NormNumbers& numbers [[buffer(6)]], uint row [[threadgroup_position_in_grid]],
+                  uint sgid [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+                  uint sgs [[simdgroups_per_threadgroup]]) {
     threadgroup ReduceShared sh;
     const ReducePlace at = {sgid, lane, sgs};
     const uint width = uint(shape.width);
@@ -77,12 +75,12 @@ template <typename T>
 }
 
 template <typename T>
-[[kernel]] void layer_norm(device const T* x [[buffer(0)]], device const T* weight [[buffer(1)]],
-                           device const T* bias [[buffer(2)]], device T* y [[buffer(3)]],
-                           constant NormShape& shape [[buffer(4)]], constant NormNumbers& numbers [[buffer(5)]],
-                           uint row [[threadgroup_position_in_grid]],
-                           uint sgid [[simdgroup_index_in_threadgroup]],
-                           uint lane [[thread_index_in_simdgroup]], uint sgs [[simdgroups_per_threadgroup]]) {
+[[kernel]] void
+layer_norm(device const T* x [[buffer(0)]], device const T* weight [[buffer(1)]],
+           device const T* bias [[buffer(2)]], device T* y [[buffer(3)]],
+           constant NormShape& shape [[buffer(4)]], constant NormNumbers& numbers [[buffer(5)]],
+           uint row [[threadgroup_position_in_grid]], uint sgid [[simdgroup_index_in_threadgroup]],
+           uint lane [[thread_index_in_simdgroup]], uint sgs [[simdgroups_per_threadgroup]]) {
     threadgroup ReduceShared sh;
     const ReducePlace at = {sgid, lane, sgs};
     const uint width = uint(shape.width);

@@ -34,9 +34,9 @@ template <typename Q, typename T> using DequantAligned = DequantEach<Q, T, Dequa
 template <typename Q, typename T> using DequantPlainRows = DequantRows<Q, T, 1, false>;
 template <typename Q, typename T>
 using DequantAlignedRows = DequantRows<Q, T, DequantUnit<Q, T>::kWords, true>;
-template <typename Q, typename T> using DequantTwo = DequantRun<Q, T, 2>;
-template <typename Q, typename T> using DequantEight = DequantRun<Q, T, 8>;
-template <typename Q, typename T> using DequantSixteen = DequantRun<Q, T, 16>;
+template <typename Q, typename T> using DequantRunTwo = DequantRun<Q, T, 2>;
+template <typename Q, typename T> using DequantRunEight = DequantRun<Q, T, 8>;
+template <typename Q, typename T> using DequantRunSixteen = DequantRun<Q, T, 16>;
 
 #define ROW(name, Core, Q, T) INSTANTIATE(name, dequant<Core<Q, T>, Q, T>)
 

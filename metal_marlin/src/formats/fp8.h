@@ -10,12 +10,16 @@ struct FP8E4M3 {
         const half scaled = as_type<half>(ushort((code & 0x80u) << 8 | (code & 0x7fu) << 7));
         return (code & 0x7fu) == 0x7fu ? NAN : float(scaled) * 256.0f;
     }
-    static float2 pair(uint word, uint i) { return float2(value(word >> (8 * i)), value(word >> (8 * i + 16))); }
+    static float2 pair(uint word, uint i) {
+        return float2(value(word >> (8 * i)), value(word >> (8 * i + 16)));
+    }
 };
 
 // IEEE: a half without its last eight bits.
 struct FP8E5M2 {
     enum : uint { kBits = 8, kPerWord = 4 };
     static float value(uint code) { return float(as_type<half>(ushort((code & 0xffu) << 8))); }
-    static float2 pair(uint word, uint i) { return float2(value(word >> (8 * i)), value(word >> (8 * i + 16))); }
+    static float2 pair(uint word, uint i) {
+        return float2(value(word >> (8 * i)), value(word >> (8 * i + 16)));
+    }
 };

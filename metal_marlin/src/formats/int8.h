@@ -7,11 +7,15 @@ using namespace metal;
 struct INT8 {
     enum : uint { kBits = 8, kPerWord = 4 };
     static float value(uint code) { return float(char(uchar(code))); }
-    static float2 pair(uint word, uint i) { return float2(value(word >> (8 * i)), value(word >> (8 * i + 16))); }
+    static float2 pair(uint word, uint i) {
+        return float2(value(word >> (8 * i)), value(word >> (8 * i + 16)));
+    }
 };
 
 struct UINT8 {
     enum : uint { kBits = 8, kPerWord = 4 };
     static float value(uint code) { return float(code & 255); }
-    static float2 pair(uint word, uint i) { return float2(value(word >> (8 * i)), value(word >> (8 * i + 16))); }
+    static float2 pair(uint word, uint i) {
+        return float2(value(word >> (8 * i)), value(word >> (8 * i + 16)));
+    }
 };

@@ -37,9 +37,7 @@ struct Gelu {
     }
 };
 struct GeluTanh {
-    static float of(float x) {
-        return 0.5f * x * (1.0f + tanh(0.79788456f * (x + 0.044715f * x * x * x)));
-    }
+    static float of(float x) { return 0.5f * x * (1.0f + tanh(0.79788456f * (x + 0.044715f * x * x * x))); }
 };
 struct QuickGelu {
     static float of(float x) { return x / (1.0f + exp(-1.702f * x)); }
