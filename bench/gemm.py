@@ -2,13 +2,11 @@
 
     python bench/gemm.py [--device cuda] [--dtype half bf16 f32] [--format fp4 int4] [--tokens 16 128 512 4096]
                          [--shapes large smollm2 4096x14336] [--group 128] [--kernel marlin_gemm_fp4_single_stage]
-                         [--precompile cuda:sm_90a=DIR]
 
 Correctness comes first, on the data that is timed. A shape is NxK or the name of a model's shapes. `linear` is what
-users call; up to 64 tokens the matrix-vector kernel is timed too: where the two cross is what FEW_TOKENS of
+users call; up to 128 tokens the matrix-vector kernel is timed too: where the two cross is what FEW_TOKENS of
 ops/linear.py should say. `dense` is torch.matmul with dequantised weights. Buffers rotate past the last-level cache;
-on NVIDIA GPUs the launches are a CUDA graph's. --precompile only compiles the kernels used here into DIR, for a machine
-without a compiler that has METAL_MARLIN_ROWS=DIR.
+on NVIDIA GPUs the launches are a CUDA graph's.
 """
 
 from __future__ import annotations
@@ -29,26 +27,13 @@ from common import (
     usable_devices,
 )
 
-from metal_marlin import MetalKernelLibrary
 from metal_marlin.formats import CODECS, codec
-from metal_marlin.msl.target import Target
-from metal_marlin.ops import linear_decode, marlin_gemm
 from metal_marlin.ops.linear import linear
 from metal_marlin.ops.marlin_gemm import CASES, Case
-from metal_marlin.runtime.cache import RowCache
 
 DTYPES = {"half": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 LIMITS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
 GOAL = {"cpu": 0.5, "cuda": 0.3}  # share of dense at 128 tokens and more; the second without wgmma
-
-
-def precompile(option: str) -> None:
-    """Compile every row of both families for TARGET into DIR."""
-    text, _, folder = option.partition("=")
-    for family in (marlin_gemm.FAMILY, linear_decode.FAMILY):
-        library = MetalKernelLibrary(family, target=Target.parse(text), cache=RowCache(folder))
-        for name in library.kernels:
-            library.compile(name)
 
 
 def shapes(asked: list[str]) -> list[Case]:
@@ -126,11 +111,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["large"], help="large, smollm2, NxK")
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--kernel", nargs="+", default=[], help="variants to time as well")
-    parser.add_argument("--precompile", metavar="TARGET=DIR", help="only compile for TARGET into DIR")
     options = parser.parse_args()
-    if options.precompile:
-        precompile(options.precompile)
-        return
     heading = ("case", "candidate", "µs", "p20", "p80", "TFLOP/s", "of dense", "error", "goal")
     for device in usable_devices(options.device):
         rows: list[tuple[str, ...]] = []
@@ -142,7 +123,7 @@ def main() -> None:
                         group = group_of(name, options.group)
                         case = Case(tokens, shape.N, shape.K, group, DTYPES[dtype], None, name, zeros, shape.model)
                         kernels = [f"marlin_gemm_{name}", *(k for k in options.kernel if f"_{name}" in k)]
-                        kernels += [f"decode_gemv_{name}_batched"] if tokens <= 64 else []
+                        kernels += [f"decode_gemv_{name}_batched"] if tokens <= 128 else []
                         rows += measure(case, device, kernels)
         table(device, [heading, *rows])
 

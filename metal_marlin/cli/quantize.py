@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -85,9 +84,14 @@ def _save(model: Any, tokenizer: Any, target: Path, chosen: dict[str, Any], repo
         folder = Path(made) / "model"
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        if target.exists():
-            shutil.rmtree(target)
-        folder.rename(target)
+        if target.exists():  # goes with the temporary folder, once the new one is in its place
+            target.rename(Path(made) / "old")
+        try:
+            folder.rename(target)
+        except OSError:
+            if (Path(made) / "old").exists():
+                (Path(made) / "old").rename(target)
+            raise
 
 
 def _show(report: Report, every: bool) -> None:

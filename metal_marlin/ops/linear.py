@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 from metal_marlin.errors import ArgumentError
-from metal_marlin.formats import codec
 from metal_marlin.ops import linear_decode as _decode
 from metal_marlin.ops import marlin_gemm as _gemm
+from metal_marlin.ops.dequantize import dequantize
 from metal_marlin.ops.marlin_gemm import ARGUMENTS, marlin_gemm_ref
 
-# Most tokens for which reading the weights again for every 8 of them costs less than a tile of the GEMM, by device.
-FEW_TOKENS = {"cpu": 8, "cuda": 16, "mps": 8}
+# Most tokens for which reading the weights again for every 8 of them costs less than a tile of the GEMM, by device:
+# measured for cpu and cuda (bench/results), a guess for mps.
+FEW_TOKENS = {"cpu": 8, "cuda": 96, "mps": 8}
 
 linear_ref = marlin_gemm_ref
 
@@ -116,7 +117,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Of x: grad [..., N] · W [N, K]."""
     codes, scales, extra = ctx.saved_tensors
-    weight = codec(ctx.format).decode(codes, scales, extra, ctx.group_size, ctx.zeros, grad.dtype)
+    weight = dequantize(
+        codes, scales, ctx.group_size, format=ctx.format, zeros=ctx.zeros, extra=extra, dtype=grad.dtype
+    )
     return (grad @ weight, *(None,) * 7)
 
 

@@ -12,17 +12,14 @@
 #include <metal_stdlib>
 #include "core/gemm.h"
 #include "core/instantiate.h"
-#include "formats/fp4.h"
-#include "formats/fp8.h"
-#include "formats/int4.h"
-#include "formats/int8.h"
+#include "formats/weights.h"
 using namespace metal;
 
 template <typename W, typename T, typename Schedule>
 [[kernel]] void
 marlin_gemm(device const T* x [[buffer(0)]], device const uint* codes [[buffer(1)]],
             device const typename W::S* scales [[buffer(2)]],
-            device const typename GemmExtra<W>::type* extra [[buffer(3)]], device T* y [[buffer(4)]],
+            device const typename W::Bound* extra [[buffer(3)]], device T* y [[buffer(4)]],
             constant GemmShape& shape [[buffer(5)]], uint3 tgid [[threadgroup_position_in_grid]],
             uint sgid [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
     typedef Gemm<W, T, Schedule, NoEpilogue> Core;
@@ -30,20 +27,6 @@ marlin_gemm(device const T* x [[buffer(0)]], device const uint* codes [[buffer(1
     Core::run(GemmArguments<W, T>(x, codes, scales, extra, y, shape), GemmPlace{tgid, sgid, lane}, sh,
               NoEpilogue());
 }
-
-template <typename S> using Fp4 = Quantized<FP4, FloatScale<S>>;
-template <typename S> using Int4 = Quantized<INT4, FloatScale<S>>;
-template <typename S> using Int4Point = Quantized<UINT4, FloatScale<S>, ZeroPoint<S>>;
-template <typename S> using Int4Packed = Quantized<UINT4, FloatScale<S>, PackedZero<4>>;
-template <typename S> using Int4Bias = Quantized<UINT4, FloatScale<S>, Bias<S>>;
-template <typename S> using Int8 = Quantized<INT8, FloatScale<S>>;
-template <typename S> using Uint8Point = Quantized<UINT8, FloatScale<S>, ZeroPoint<S>>;
-template <typename S> using Uint8Packed = Quantized<UINT8, FloatScale<S>, PackedZero<8>>;
-template <typename S> using Uint8Bias = Quantized<UINT8, FloatScale<S>, Bias<S>>;
-template <typename S> using Fp8E4m3 = Quantized<FP8E4M3, FloatScale<S>>;
-template <typename S> using Fp8E5m2 = Quantized<FP8E5M2, FloatScale<S>>;
-typedef Quantized<FP4, E8M0> Mxfp4;
-typedef Quantized<FP4, E4M3, TensorScale> Nvfp4;
 
 // Scales of a float type: W is a template of it. z: what follows the other keys, and first where there is none.
 #define ROWS(name, W, Schedule, first, z)                                                                    \
@@ -76,5 +59,5 @@ ROWS("marlin_gemm_int8", Int8, DoubleStage, "", "")
 ROWS("marlin_gemm_uint8", Uint8Point, DoubleStage, "__zpoint", "_zpoint")
 ROWS("marlin_gemm_uint8", Uint8Packed, DoubleStage, "__zpacked", "_zpacked")
 ROWS("marlin_gemm_uint8", Uint8Bias, DoubleStage, "__zbias", "_zbias")
-ROWS("marlin_gemm_fp8_e4m3", Fp8E4m3, DoubleStage, "", "")
-ROWS("marlin_gemm_fp8_e5m2", Fp8E5m2, DoubleStage, "", "")
+ROWS("marlin_gemm_fp8_e4m3", Fp8E4M3, DoubleStage, "", "")
+ROWS("marlin_gemm_fp8_e5m2", Fp8E5M2, DoubleStage, "", "")

@@ -28,16 +28,8 @@ struct GemmShape {
         aligned; // 16-byte loads are possible: K is a multiple of 32, x and codes start at multiples of 16 bytes
 };
 
-// What the extra argument points to: where it is never read, the host binds the scales once more.
-template <typename W, bool kRead = W::kAffine || W::Extra::kFactor> struct GemmExtra {
-    typedef typename W::E type;
-};
-template <typename W> struct GemmExtra<W, false> {
-    typedef typename W::S type;
-};
-
 template <typename W, typename T> struct GemmArguments {
-    typedef typename GemmExtra<W>::type E;
+    typedef typename W::Bound E;
     device const T* x;
     device const uint* codes;
     device const typename W::S* scales;
