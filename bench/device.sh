@@ -53,7 +53,7 @@ run_pytest() { "$PYTHON" -m pytest -q -rfE -p no:cacheprovider --tb=short "$@"; 
 
 stage_prepare() {
     local folders stamp status=ok
-    mapfile -t folders < <(suites tests/msl tests/ops tests/formats tests/runtime)
+    mapfile -t folders < <(suites tests/msl tests/ops tests/formats tests/nn tests/runtime)
     mkdir -p -m 700 $ROWS $WHEELS
     # Every key holds the front end's digest: rows of another one can never be found again.
     stamp=$(frontend)
@@ -160,7 +160,7 @@ PY
 
 stage_tests() {
     local folders status=ok
-    mapfile -t folders < <(suites tests/msl tests/ops tests/formats tests/runtime)
+    mapfile -t folders < <(suites tests/msl tests/ops tests/formats tests/nn tests/runtime)
     step "Tests on the GPU: ${folders[*]}"
     run_pytest -m cuda --junitxml="$LOGS/tests.xml" "${folders[@]}" "$@" 2>&1 | tee "$LOGS/tests.log" | tail -n 80 ||
         status=FAIL

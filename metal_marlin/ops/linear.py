@@ -14,7 +14,7 @@ from metal_marlin.ops.marlin_gemm import ARGUMENTS, marlin_gemm_ref
 
 # Most tokens for which reading the weights again for every 8 of them costs less than a tile of the GEMM, by device:
 # measured for cpu and cuda (bench/results), a guess for mps.
-FEW_TOKENS = {"cpu": 8, "cuda": 96, "mps": 8}
+FEW_TOKENS = {"cpu": 8, "cuda": 64, "mps": 8}
 
 linear_ref = marlin_gemm_ref
 
