@@ -10,13 +10,13 @@ from metal_marlin.errors import ArgumentError
 from metal_marlin.ops import linear_decode as _decode
 from metal_marlin.ops import marlin_gemm as _gemm
 from metal_marlin.ops.dequantize import dequantize
-from metal_marlin.ops.marlin_gemm import ARGUMENTS, marlin_gemm_ref
+from metal_marlin.ops.product import product_ref, register
 
 # Most tokens for which reading the weights again for every 8 of them costs less than a tile of the GEMM, by device:
 # measured for cpu and cuda (bench/results), a guess for mps.
 FEW_TOKENS = {"cpu": 8, "cuda": 64, "mps": 8}
 
-linear_ref = marlin_gemm_ref
+linear_ref = product_ref
 
 
 def plan(M: int, device: str, kernel: str | None = None) -> str:
@@ -66,20 +66,6 @@ def _is_few(x: torch.Tensor, kernel: str | None) -> bool:
     return plan(x.numel() // K if K else 0, x.device.type, kernel) == "linear_decode"
 
 
-def _new(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    extra: torch.Tensor | None,
-    format: str,
-    zeros: str,
-    group_size: int,
-    kernel: str | None,
-) -> torch.Tensor:
-    op = _decode._new if _is_few(x, kernel) else _gemm._new
-    return op(x, codes, scales, extra, format, zeros, group_size, kernel)
-
-
 def _run(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -93,20 +79,6 @@ def _run(
 ) -> None:
     op = _decode._run if _is_few(x, kernel) else _gemm._run
     op(x, codes, scales, extra, format, zeros, group_size, kernel, out)
-
-
-def _fake(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    extra: torch.Tensor | None,
-    format: str,
-    zeros: str,
-    group_size: int,
-    kernel: str | None,
-) -> torch.Tensor:
-    _gemm.check("linear", x, codes, scales, extra, format, zeros, group_size)
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -123,12 +95,5 @@ def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return (grad @ weight, *(None,) * 7)
 
 
-_torch = torch.library.Library("metal_marlin", "FRAGMENT")
-_torch.define(f"linear({ARGUMENTS}) -> Tensor")
-_torch.define(f"linear_out({ARGUMENTS}, Tensor(a!) out) -> ()")
-for _key in ("CPU", "CUDA", "MPS"):
-    _torch.impl("linear", _new, _key)
-    _torch.impl("linear_out", _run, _key)
-torch.library.register_fake("metal_marlin::linear", _fake, lib=_torch)
-torch.library.register_fake("metal_marlin::linear_out", lambda *_: None, lib=_torch)
-torch.library.register_autograd("metal_marlin::linear", _gradient, setup_context=_keep, lib=_torch)
+_new = register("linear", _run)
+torch.library.register_autograd("metal_marlin::linear", _gradient, setup_context=_keep)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import CANONICAL, codec
-from metal_marlin.ops.linear_decode_cases import KEYS, Case
+from metal_marlin.ops.linear_decode_cases import Case
+from metal_marlin.ops.product import check, product_ref, register
 from metal_marlin.ops.spec import OpSpec
+from metal_marlin.ops.weights import KEYS, library, on_16_bytes, row_name
 from metal_marlin.runtime.dispatch import dispatch_kernel
-from metal_marlin.runtime.library import MetalKernelLibrary
 
-__all__ = ["CASES", "FAMILY", "OP", "Case", "Plan", "check", "marlin_gemm", "marlin_gemm_ref", "plan"]
+__all__ = ["CASES", "FAMILY", "OP", "Case", "Plan", "marlin_gemm", "marlin_gemm_ref", "plan"]
 
 FAMILY = "marlin_gemm.metal"
 VARIANTS = {"fp4": ("", "_fp32acc", "_single_stage")}  # of formats that have more than the plain rows
@@ -80,21 +80,8 @@ def plan(
     ``kernel`` asks for a variant of the format, such as "marlin_gemm_fp4_single_stage".
     Raises ArgumentError for dtypes and variants that have no row.
     """
-    of = codec(format)
-    if dtype not in KEYS:
-        raise ArgumentError(f"marlin_gemm: x is {dtype}; it takes {', '.join(map(str, KEYS))}")
-    if scale_dtype not in of.scale_dtypes:
-        raise ArgumentError(f"marlin_gemm: scales is {scale_dtype}; {format} takes {_listed(of.scale_dtypes)}")
-    known = [f"marlin_gemm_{format}{variant}" for variant in VARIANTS.get(format, ("",))]
-    base = kernel or known[0]
-    if base not in known:
-        raise ArgumentError(f"marlin_gemm: kernel is {kernel!r}; of {format} there are {', '.join(known)}")
-    keys = [
-        "" if dtype == torch.float16 else f"t{KEYS[dtype]}",
-        "" if of.scale_kind != "float" or scale_dtype == dtype else f"s{KEYS[scale_dtype]}",
-        "" if zeros == "none" else f"z{zeros}",
-    ]
-    row = "__".join(filter(None, (base, "_".join(filter(None, keys)))))
+    known = [f"marlin_gemm_{codec(format).name}{variant}" for variant in VARIANTS.get(format, ("",))]
+    row = row_name("marlin_gemm", kernel or known[0], known, dtype, scale_dtype, format, zeros)
     across = -(-N // _TILE)
     if device != "cpu":
         return Plan(row, (across, -(-M // _TILE)), _THREADS, _TILE, _TILE, lanes=32)
@@ -105,22 +92,7 @@ def plan(
     return Plan(row, (across, -(-M // tokens)), 1, _TILE, tokens, lanes=1)
 
 
-def _listed(values: object) -> str:
-    return ", ".join(map(str, values))  # type: ignore[call-overload]
-
-
-def marlin_gemm_ref(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    group_size: int,
-    *,
-    format: str = "fp4",
-    zeros: str = "none",
-    extra: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The meaning, in float64: x [..., K] times the decoded weights [N, K], transposed."""
-    return x.double() @ codec(format).decode(codes, scales, extra, group_size, zeros).T
+marlin_gemm_ref = product_ref
 
 
 def marlin_gemm(
@@ -150,48 +122,6 @@ def marlin_gemm(
     return out
 
 
-def check(
-    op: str,
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    extra: torch.Tensor | None,
-    format: str,
-    zeros: str,
-    group_size: int,
-) -> tuple[int, int, int]:
-    """M, N, K. Raises ArgumentError, in the name of ``op``, for tensors that do not belong together."""
-    of = codec(format)
-    if x.ndim < 1 or codes.ndim != 2 or scales.ndim != 2:
-        raise ArgumentError(
-            f"{op}: shapes x {tuple(x.shape)}, codes {tuple(codes.shape)}, scales {tuple(scales.shape)}; "
-            f"needs x [..., K], codes [N, K/{of.per_word}], scales [N, groups]"
-        )
-    K, N = x.shape[-1], codes.shape[0]
-    if codes.shape[1] * of.per_word != K:
-        raise ArgumentError(f"{op}: x has K = {K}, codes have K = {codes.shape[1] * of.per_word}")
-    of.check(K, group_size)
-    groups = of.groups_of(K, group_size)
-    if scales.shape != (N, groups):
-        raise ArgumentError(
-            f"{op}: scales have shape {tuple(scales.shape)}; N = {N}, K = {K}, group_size = {group_size} "
-            f"need {(N, groups)}"
-        )
-    of.check_zeros(zeros)
-    shape = of.extra_shape(N, groups, zeros)
-    wanted = None if shape is None else (of.extra_dtype(scales.dtype, zeros), shape)
-    given = None if extra is None else (extra.dtype, tuple(extra.shape))
-    if given != wanted:
-        said = ["None" if e is None else f"{e[0]} {e[1]}" for e in (given, wanted)]
-        raise ArgumentError(f"{op}: extra is {said[0]}; {format} with zeros = {zeros!r} needs {said[1]}")
-    return x.numel() // K, N, K
-
-
-@functools.lru_cache(maxsize=64)
-def _library(device: str, lanes: int) -> MetalKernelLibrary:
-    return MetalKernelLibrary(FAMILY, device=device, lanes=lanes)
-
-
 def _run(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -203,20 +133,16 @@ def _run(
     kernel: str | None,
     out: torch.Tensor,
 ) -> None:
-    M, N, K = check("marlin_gemm", x, codes, scales, extra, format, zeros, group_size)
-    if out.shape != (*x.shape[:-1], N) or out.dtype != x.dtype:
-        raise ArgumentError(f"marlin_gemm: out is {out.dtype} {tuple(out.shape)}; needs {x.dtype} {(*x.shape[:-1], N)}")
+    M, N, K = check("marlin_gemm", x, codes, scales, extra, format, zeros, group_size, out)
     kind = x.device.type
     pool = torch.get_num_threads() if kind == "cpu" else 1
     p = plan(max(M, 1), N, x.dtype, scales.dtype, kind, format, zeros, pool, kernel)
     if M == 0 or N == 0:
         return
-    aligned = K % 32 == 0 and kind != "mps" and (x.data_ptr() | codes.data_ptr()) % 16 == 0
-    if kind == "mps":  # data_ptr() is a buffer object there
-        aligned = K % 32 == 0 and x.storage_offset() * x.element_size() % 16 == 0 and codes.storage_offset() % 4 == 0
+    aligned = K % 32 == 0 and on_16_bytes(x, codes)
     shape = {"M": M, "N": N, "K": K, "group": group_size, "rows": p.rows, "tokens": p.tokens, "aligned": int(aligned)}
     dispatch_kernel(
-        _library(str(x.device), p.lanes),
+        library(FAMILY, str(x.device), p.lanes),
         p.kernel,
         threadgroups=p.threadgroups,
         threads_per_threadgroup=p.threads,
@@ -224,44 +150,7 @@ def _run(
     )
 
 
-def _new(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    extra: torch.Tensor | None,
-    format: str,
-    zeros: str,
-    group_size: int,
-    kernel: str | None,
-) -> torch.Tensor:
-    out = x.new_empty((*x.shape[:-1], codes.shape[0]))
-    _run(x, codes, scales, extra, format, zeros, group_size, kernel, out)
-    return out
-
-
-def _fake(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    extra: torch.Tensor | None,
-    format: str,
-    zeros: str,
-    group_size: int,
-    kernel: str | None,
-) -> torch.Tensor:
-    check("marlin_gemm", x, codes, scales, extra, format, zeros, group_size)
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
-
-
-ARGUMENTS = "Tensor x, Tensor codes, Tensor scales, Tensor? extra, str format, str zeros, int group_size, str? kernel"
-_torch = torch.library.Library("metal_marlin", "FRAGMENT")
-_torch.define(f"marlin_gemm({ARGUMENTS}) -> Tensor")
-_torch.define(f"marlin_gemm_out({ARGUMENTS}, Tensor(a!) out) -> ()")
-for _key in ("CPU", "CUDA", "MPS"):
-    _torch.impl("marlin_gemm", _new, _key)
-    _torch.impl("marlin_gemm_out", _run, _key)
-torch.library.register_fake("metal_marlin::marlin_gemm", _fake, lib=_torch)
-torch.library.register_fake("metal_marlin::marlin_gemm_out", lambda *_: None, lib=_torch)
+_new = register("marlin_gemm", _run)
 
 OP = OpSpec(
     name="marlin_gemm",

@@ -15,6 +15,7 @@ import torch
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import CANONICAL, codec
 from metal_marlin.ops import dequantize as _kernels
+from metal_marlin.ops.weights import KEYS
 
 FORMAT_VERSION = 1
 NAMES = {"codes": "weight", "scales": "weight_scale", "extra": "weight_extra"}  # field -> name in state dicts and files
@@ -103,7 +104,7 @@ class QuantizedTensor:
         and in float64 too, on the CPU."""
         self.canonical("dequantize")
         N, K = self.shape
-        if self.device.type != "cpu" and dtype in _kernels.KEYS:
+        if self.device.type != "cpu" and dtype in KEYS:
             whole = _kernels.dequantize(
                 self.codes,
                 self.scales,

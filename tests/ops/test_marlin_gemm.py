@@ -367,7 +367,7 @@ def test_reference_is_the_product(name: str, zeros: str) -> None:
             lambda x, c, s: (x, c, s, 32),
             r"scales have shape \(10, 1\); N = 10, K = 128, group_size = 32 need \(10, 4\)",
         ),
-        (lambda x, c, s: (x.double(), c, s, 128), "x is torch.float64"),
+        (lambda x, c, s: (x.double(), c, s, 128), "dtype is torch.float64"),
         (lambda x, c, s: (x, c, s.double(), 128), "scales is torch.float64; fp4 takes"),
         (lambda x, c, s: (x, c.long(), s, 128), "codes: tensor is torch.int64"),
         (lambda x, c, s: (x.T.contiguous().T, c, s, 128), r"x: tensor of shape \(2, 128\) with strides"),
@@ -393,7 +393,7 @@ def test_bad_input(change: object, message: str) -> None:
         ),
         (
             {"kernel": "marlin_gemm_fp4_4stage"},
-            "kernel is 'marlin_gemm_fp4_4stage'; of fp4 there are marlin_gemm_fp4, ",
+            "kernel is 'marlin_gemm_fp4_4stage'; fp4 has marlin_gemm_fp4, ",
         ),
         ({"out": torch.empty(2, 11)}, r"out is torch.float32 \(2, 11\); needs torch.float16 \(2, 10\)"),
     ],
