@@ -11,10 +11,8 @@ import torch
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec
 
-# (x, codes, scales, extra, format, zeros, group_size, kernel, out), and without out
+# (x, codes, scales, extra, format, zeros, group_size, kernel, out); the second without out
 Run = Callable[..., None]
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, str, str, int, str | None, torch.Tensor], None
-]
 New = Callable[..., torch.Tensor]
 
 _ARGUMENTS = "Tensor x, Tensor codes, Tensor scales, Tensor? extra, str format, str zeros, int group_size, str? kernel"
