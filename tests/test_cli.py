@@ -413,6 +413,7 @@ def test_quantize_then_eval_and_generate(tiny_model: str, tmp_path: Path) -> Non
     ("more", "said"),
     [
         (["--format", "int8", "--preset", "default"], "not both"),
+        (["--group-size", "32", "--preset", "default"], "not both"),
         (["--per-layer", "down_proj"], "PATTERN=FORMAT"),
         (["--format", "int9"], "int9"),
     ],

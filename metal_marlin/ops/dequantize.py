@@ -10,7 +10,7 @@ import torch
 
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec
-from metal_marlin.ops.spec import OpSpec
+from metal_marlin.ops.spec import Check, OpSpec, worst
 from metal_marlin.ops.weights import KEYS, library, on_16_bytes, random_weights, row_name
 from metal_marlin.runtime.dispatch import dispatch_kernel
 
@@ -311,10 +311,32 @@ def _cases() -> list[Case]:
 
 CASES: tuple[Case, ...] = tuple(_cases())
 
+
+def _compare(case: Case, device: str, kernel: str | None) -> Check:
+    codes, scales, extra = case.tensors(device)
+    more = {"format": case.format, "zeros": case.zeros}
+    y = dequantize(
+        codes, scales, case.group, dtype=case.dtype, kernel=kernel or case.kernel, extra=extra, format=case.format,
+        zeros=case.zeros,
+    )  # fmt: skip
+    codes, scales, extra = case.tensors()
+    exact = dequantize_ref(codes, scales, case.group, extra=extra, **more)
+    largest = exact.abs().amax(-1, keepdim=True)
+    number = torch.finfo(case.dtype)
+    allowed = number.eps * exact.abs() + 2.0**-20 * largest + number.smallest_normal * number.eps
+    return worst((y.cpu().double() - exact).abs(), allowed)
+
+
+def _compare_codes(kernel: str, device: str, _: str | None) -> Check:
+    """Counts the codes whose numbers differ."""
+    y, exact = all_codes(kernel, device).cpu().double(), all_codes_ref(kernel)
+    return Check(float((~torch.isclose(y, exact, rtol=0, atol=0, equal_nan=True)).sum()), 0.0)
+
+
 _BENCH = "bench/dequantize.py"
 OP = (
     *(
-        OpSpec("dequantize", family, dequantize_ref, CASES, _BENCH, ("dequant_*",))
+        OpSpec("dequantize", family, dequantize_ref, CASES, _BENCH, ("dequant_*",), _compare)
         for family in (_FOUR, *sorted(set(FAMILIES.values())))
     ),
     *(
@@ -325,6 +347,7 @@ OP = (
             tuple(k for k, v in _ALL_CODES.items() if v[0] == family),
             None,
             ("test_*",),
+            _compare_codes,
         )
         for family in (_FOUR, *sorted(set(FAMILIES.values())))
     ),

@@ -12,6 +12,7 @@ from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import CANONICAL, codec
 from metal_marlin.ops.linear_decode_cases import CASES, Case
 from metal_marlin.ops.product import check, product_ref, register
+from metal_marlin.ops.selfcheck import product_check
 from metal_marlin.ops.spec import OpSpec
 from metal_marlin.ops.weights import library, on_16_bytes, row_name
 from metal_marlin.runtime.dispatch import dispatch_kernel
@@ -159,4 +160,5 @@ OP = OpSpec(
     reference=linear_decode_ref,
     cases=CASES,
     bench="bench/gemv.py",
+    check=lambda case, device, kernel: product_check(linear_decode, case, device, kernel),
 )

@@ -10,6 +10,7 @@ import torch
 from metal_marlin.formats import CANONICAL, codec
 from metal_marlin.ops.linear_decode_cases import Case
 from metal_marlin.ops.product import check, product_ref, register
+from metal_marlin.ops.selfcheck import product_check
 from metal_marlin.ops.spec import OpSpec
 from metal_marlin.ops.weights import KEYS, library, on_16_bytes, row_name
 from metal_marlin.runtime.dispatch import dispatch_kernel
@@ -158,4 +159,5 @@ OP = OpSpec(
     reference=marlin_gemm_ref,
     cases=CASES,
     bench="bench/gemm.py",
+    check=lambda case, device, kernel: product_check(marlin_gemm, case, device, kernel),
 )
