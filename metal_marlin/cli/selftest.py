@@ -12,27 +12,35 @@ from typing import Any
 import torch
 
 from metal_marlin.cli.console import print_json
-from metal_marlin.cli.doctor import _compiler, _versions
+from metal_marlin.cli.doctor import compiler, versions
 from metal_marlin.errors import ArgumentError, MetalMarlinError
 from metal_marlin.ops import selfcheck
 from metal_marlin.ops.inventory import inventory, op_specs
+from metal_marlin.ops.spec import OpSpec
 
 
-def run(device: str, ops: list[str], report: Path | None, as_json: bool) -> int:
+def run(device: str, ops: list[str], report: Path | None, as_json: bool, checked: bool = False) -> int:
     """Exit status: 1 when a case failed."""
     specs = op_specs()
     unknown = set(ops) - {spec.name for spec in specs}
     if unknown:
         names = sorted({spec.name for spec in specs})
         raise ArgumentError(f"--op {', '.join(sorted(unknown))}: there are {', '.join(names)}")
-    results = selfcheck.run([s for s in specs if not ops or s.name in ops], device)
+    if checked:
+        if device != "cpu":
+            raise ArgumentError(f"--checked --device {device}: kernels are checked on the cpu")
+        os.environ["METAL_MARLIN_CHECKED"] = "1"
+    chosen = [spec for spec in specs if not ops or spec.name in ops]
+    rows = _rows(device, chosen)
+    results = selfcheck.run(chosen, device, rows or ())
+    ran = {kernel for result in results for kernel in result.kernels}
     answer: dict[str, Any] = {
-        "versions": {**_versions(), "compiler": _compiler()["version"] or "none"},
-        "device": device,
+        "versions": {**versions(), "compiler": compiler()["version"] or "none"},
+        "device": f"{device}, checked" if checked else device,
         "chip": _chip(device),
         "ops": [{**asdict(r), "kernels": len(r.kernels), "failures": len(r.failures)} for r in results],
         "failures": [asdict(f) for r in results for f in r.failures],
-        "not_run": _not_run(device, results),
+        "not_run": None if rows is None else [name for _, name in rows if name not in ran],
     }
     text = _markdown(answer)
     if report is not None:
@@ -50,14 +58,13 @@ def _chip(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
-def _not_run(device: str, results: list[selfcheck.Result]) -> list[str]:
-    """Kernels of these ops that no case launched."""
-    kind, ran = device.partition(":")[0], {k for r in results for k in r.kernels}
-    names = {r.op for r in results}
+def _rows(device: str, specs: list[OpSpec]) -> list[tuple[str, str]] | None:
+    """File and name of the ops' kernels on the device; None where that takes a compiler that is not here."""
+    kind, names = device.partition(":")[0], {spec.name for spec in specs}
     try:
-        return [row.name for row in inventory() if row.op in names and kind in row.devices and row.name not in ran]
-    except MetalMarlinError:  # without a compiler and a cache the rows are not known
-        return []
+        return [(row.file, row.name) for row in inventory() if row.op in names and kind in row.devices]
+    except MetalMarlinError:
+        return None
 
 
 def _markdown(answer: dict[str, Any]) -> str:
@@ -65,7 +72,13 @@ def _markdown(answer: dict[str, Any]) -> str:
     lines += [f"- {name}: {value}" for name, value in answer["versions"].items()]
     lines += [f"- device: {answer['device']} ({answer['chip']})"]
     cases, failed = sum(op["cases"] for op in answer["ops"]), len(answer["failures"])
-    lines += [f"- {cases} cases, {failed} failed; {len(answer['not_run'])} kernels not run by any case", ""]
+    left = answer["not_run"]
+    said = (
+        "unknown which kernels no case ran (no compiler)"
+        if left is None
+        else f"{len(left)} kernels not run by any case"
+    )
+    lines += [f"- {cases} cases, {failed} failed; {said}{': ' if left else ''}{', '.join(left or [])}", ""]
     lines += ["| op | cases | kernels | failed | seconds |", "| --- | --: | --: | --: | --: |"]
     for op in answer["ops"]:
         lines.append(f"| {op['op']} | {op['cases']} | {op['kernels']} | {op['failures']} | {op['seconds']:.1f} |")

@@ -13,8 +13,8 @@ from metal_marlin.errors import ArgumentError
 from metal_marlin.ops.gradient import differentiable
 from metal_marlin.ops.norm import KEYS
 from metal_marlin.ops.spec import Check, OpSpec, worst
+from metal_marlin.ops.weights import library, plan_kind
 from metal_marlin.runtime.dispatch import dispatch_kernel
-from metal_marlin.runtime.library import MetalKernelLibrary
 
 FAMILY = "activation.metal"
 ACTIVATIONS = {
@@ -64,11 +64,6 @@ def plan(width: int, dtype: torch.dtype, device: str, activation: str) -> tuple[
     return (name, 4096, 1) if device == "cpu" else (name, 1024, 256)
 
 
-@functools.lru_cache(maxsize=16)
-def _library(device: str) -> MetalKernelLibrary:
-    return MetalKernelLibrary(FAMILY, device=device)
-
-
 @functools.lru_cache(maxsize=1024)
 def _shape(width: int, run: int) -> bytes:
     return struct.pack("=2q", width, run)
@@ -76,11 +71,11 @@ def _shape(width: int, run: int) -> bytes:
 
 def _run(kernel: str, x: torch.Tensor, activation: str, out: torch.Tensor) -> None:
     width = out.shape[-1]
-    name, run, threads = plan(width, x.dtype, x.device.type, activation)
+    name, run, threads = plan(width, x.dtype, plan_kind(x.device.type), activation)
     if out.numel() == 0:
         return
     dispatch_kernel(
-        _library(str(x.device)),
+        library(FAMILY, str(x.device)),
         f"{kernel}_{name}",
         threadgroups=(-(-width // run), out.numel() // width),
         threads_per_threadgroup=threads,

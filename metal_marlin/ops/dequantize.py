@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from metal_marlin.errors import ArgumentError
-from metal_marlin.formats import codec
+from metal_marlin.formats import CODECS, codec
 from metal_marlin.ops.spec import Check, OpSpec, worst
-from metal_marlin.ops.weights import KEYS, library, on_16_bytes, random_weights, row_name
+from metal_marlin.ops.weights import KEYS, library, on_16_bytes, plan_kind, random_weights, read_row, row_name
 from metal_marlin.runtime.dispatch import dispatch_kernel
 
 __all__ = ["CASES", "OP", "Case", "Plan", "all_codes", "all_codes_ref", "dequantize", "dequantize_ref", "plan"]
@@ -203,7 +203,7 @@ def _run(
     N, K = _check(codes, scales, extra, format, zeros, group_size)
     if out.shape != (N, K):
         raise ArgumentError(f"dequantize: out has shape {tuple(out.shape)}; needs {(N, K)}")
-    kind = codes.device.type
+    kind = plan_kind(codes.device.type)
     aligned = on_16_bytes(codes, out)
     # only read on the CPU
     stream = kind == "cpu" and out.nbytes >= _STREAM and (out.data_ptr() | K * out.itemsize) % 64 == 0
@@ -333,10 +333,17 @@ def _compare_codes(kernel: str, device: str, _: str | None) -> Check:
     return Check(float((~torch.isclose(y, exact, rtol=0, atol=0, equal_nan=True)).sum()), 0.0)
 
 
+def _row_case(name: str) -> tuple[Case, str]:
+    base, dtype, scales, zeros = read_row(name)
+    form = next(f for n, f in CODECS.items() if base in variants(n))
+    group = next(g for g in (64, 32, 16) if g in form.groups)
+    return Case(37, 256, group, dtype, scales, form.name, zeros, base), base
+
+
 _BENCH = "bench/dequantize.py"
 OP = (
     *(
-        OpSpec("dequantize", family, dequantize_ref, CASES, _BENCH, ("dequant_*",), _compare)
+        OpSpec("dequantize", family, dequantize_ref, CASES, _BENCH, ("dequant_*",), _compare, _row_case)
         for family in (_FOUR, *sorted(set(FAMILIES.values())))
     ),
     *(

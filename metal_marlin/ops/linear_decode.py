@@ -10,11 +10,11 @@ import torch
 
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import CANONICAL, codec
-from metal_marlin.ops.linear_decode_cases import CASES, Case
+from metal_marlin.ops.linear_decode_cases import CASES, Case, row_case
 from metal_marlin.ops.product import check, product_ref, register
 from metal_marlin.ops.selfcheck import product_check
 from metal_marlin.ops.spec import OpSpec
-from metal_marlin.ops.weights import library, on_16_bytes, row_name
+from metal_marlin.ops.weights import library, on_16_bytes, plan_kind, row_name
 from metal_marlin.runtime.dispatch import dispatch_kernel
 
 __all__ = ["CASES", "FAMILY", "OP", "Case", "Plan", "linear_decode", "linear_decode_ref", "plan"]
@@ -136,7 +136,7 @@ def _run(
     out: torch.Tensor,
 ) -> None:
     M, N, K = check("linear_decode", x, codes, scales, extra, format, zeros, group_size, out)
-    kind = x.device.type
+    kind = plan_kind(x.device.type)
     pool = torch.get_num_threads() if kind == "cpu" else 1
     p = plan(M, N, K, x.dtype, scales.dtype, kind, pool, kernel, format, zeros)
     if M == 0 or N == 0:
@@ -161,4 +161,5 @@ OP = OpSpec(
     cases=CASES,
     bench="bench/gemv.py",
     check=lambda case, device, kernel: product_check(linear_decode, case, device, kernel),
+    row_case=row_case,
 )

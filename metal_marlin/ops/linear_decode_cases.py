@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from metal_marlin.formats import codec
-from metal_marlin.ops.weights import KEYS, random_weights
+from metal_marlin.formats import CODECS, codec
+from metal_marlin.ops.weights import KEYS, random_weights, read_row
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,14 @@ def _models() -> list[Case]:
         *(Case(1, N, K, 128, model="large") for N, K in large),
         *(Case(1, N, K, 64, torch.float32, torch.float16, model="smollm2") for N, K in small),
     ]
+
+
+def row_case(name: str) -> tuple[Case, str]:
+    """A small case for a row of decode_gemv or marlin_gemm, and the kernel to ask for."""
+    base, dtype, scales, zeros = read_row(name)
+    form = max((f for n, f in CODECS.items() if f"_{n}_" in f"{base}_"), key=lambda f: len(f.name))
+    group = next(g for g in (64, 32, 16) if g in form.groups)
+    return Case(1 if base == f"decode_gemv_{form.name}" else 9, 37, 256, group, dtype, scales, form.name, zeros), base
 
 
 CASES: tuple[Case, ...] = (*_fp4(), *_others(), *_models())

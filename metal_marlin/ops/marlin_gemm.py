@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from metal_marlin.formats import CANONICAL, codec
-from metal_marlin.ops.linear_decode_cases import Case
+from metal_marlin.ops.linear_decode_cases import Case, row_case
 from metal_marlin.ops.product import check, product_ref, register
 from metal_marlin.ops.selfcheck import product_check
 from metal_marlin.ops.spec import OpSpec
-from metal_marlin.ops.weights import KEYS, library, on_16_bytes, row_name
+from metal_marlin.ops.weights import KEYS, library, on_16_bytes, plan_kind, row_name
 from metal_marlin.runtime.dispatch import dispatch_kernel
 
 __all__ = ["CASES", "FAMILY", "OP", "Case", "Plan", "marlin_gemm", "marlin_gemm_ref", "plan"]
@@ -135,7 +135,7 @@ def _run(
     out: torch.Tensor,
 ) -> None:
     M, N, K = check("marlin_gemm", x, codes, scales, extra, format, zeros, group_size, out)
-    kind = x.device.type
+    kind = plan_kind(x.device.type)
     pool = torch.get_num_threads() if kind == "cpu" else 1
     p = plan(max(M, 1), N, x.dtype, scales.dtype, kind, format, zeros, pool, kernel)
     if M == 0 or N == 0:
@@ -160,4 +160,5 @@ OP = OpSpec(
     cases=CASES,
     bench="bench/gemm.py",
     check=lambda case, device, kernel: product_check(marlin_gemm, case, device, kernel),
+    row_case=row_case,
 )

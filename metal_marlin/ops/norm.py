@@ -13,8 +13,8 @@ import torch
 from metal_marlin.errors import ArgumentError
 from metal_marlin.ops.gradient import differentiable
 from metal_marlin.ops.spec import Check, OpSpec, worst
+from metal_marlin.ops.weights import library, plan_kind
 from metal_marlin.runtime.dispatch import dispatch_kernel
-from metal_marlin.runtime.library import MetalKernelLibrary
 
 FAMILY = "norm.metal"
 KEYS = {torch.float16: "", torch.bfloat16: "__tbf16", torch.float32: "__tf32"}
@@ -66,11 +66,6 @@ def plan(width: int, dtype: torch.dtype, device: str) -> tuple[str, int]:
     return KEYS[dtype], 1 if device == "cpu" else min(1024, max(32, -(-width // 256) * 32))
 
 
-@functools.lru_cache(maxsize=16)
-def _library(device: str) -> MetalKernelLibrary:
-    return MetalKernelLibrary(FAMILY, device=device)
-
-
 @functools.lru_cache(maxsize=256)
 def _numbers(width: int, bias: bool, eps: float, offset: float) -> tuple[bytes, bytes]:
     return struct.pack("=2q", width, bias), struct.pack("=2f", eps, offset)
@@ -80,11 +75,11 @@ def _launch(
     kernel: str, x: torch.Tensor, args: tuple[torch.Tensor, ...], eps: float, offset: float, bias: bool = False
 ) -> None:
     width = x.shape[-1]
-    suffix, threads = plan(width, x.dtype, x.device.type)
+    suffix, threads = plan(width, x.dtype, plan_kind(x.device.type))
     rows = x.numel() // width if width else 0
     if rows:
         dispatch_kernel(
-            _library(str(x.device)),
+            library(FAMILY, str(x.device)),
             kernel + suffix,
             threadgroups=rows,
             threads_per_threadgroup=threads,

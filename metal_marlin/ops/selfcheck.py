@@ -1,9 +1,9 @@
-"""Runs the small cases of ops against their float64 references, and goes on after failures."""
+"""Runs the small cases of ops, and every kernel, against float64 references, and goes on after failures."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,31 +49,40 @@ def product_check(op: Callable[..., torch.Tensor], case: Any, device: str, kerne
     return worst((y - exact).norm(dim=-1), 2 * theirs + number.eps * exact.norm(dim=-1) + 2.0**-22 * sums)
 
 
-def run(specs: Iterable[OpSpec], device: str) -> list[Result]:
-    """Every small case of the ops on a device."""
-    results: dict[str, Result] = {}
+def run(specs: Sequence[OpSpec], device: str, rows: Sequence[tuple[str, str]] = ()) -> list[Result]:
+    """Every small case of the ops on a device, then one for each of ``rows`` (file, kernel) that none has launched."""
+    results = {spec.name: Result(spec.name) for spec in specs}
     done: set[tuple[str, Any]] = set()
     for spec in specs:
-        result = results.setdefault(spec.name, Result(spec.name))
         start = time.perf_counter()
         for case in spec.cases:
-            if spec.check is None or getattr(case, "model", False) or (spec.name, case) in done:
-                continue
-            done.add((spec.name, case))
-            _one(spec, spec.check, case, device, result)
-        result.seconds += time.perf_counter() - start
+            if not getattr(case, "model", False) and (spec.name, case) not in done:
+                done.add((spec.name, case))
+                _one(spec, case, device, None, results[spec.name])
+        results[spec.name].seconds += time.perf_counter() - start
+    for spec in specs:
+        start = time.perf_counter()
+        for file, row in rows:
+            if spec.row_case is not None and spec.claims(file, row) and row not in results[spec.name].kernels:
+                case, kernel = spec.row_case(row)
+                _one(spec, case, device, kernel, results[spec.name], row)
+        results[spec.name].seconds += time.perf_counter() - start
     return list(results.values())
 
 
-def _one(spec: OpSpec, check: Callable[..., Check], case: Any, device: str, result: Result) -> None:
+def _one(spec: OpSpec, case: Any, device: str, kernel: str | None, result: Result, row: str | None = None) -> None:
+    if spec.check is None:
+        return
     before = counters()
     try:
-        found = check(case, device, None)
+        found = spec.check(case, device, kernel)
         wrong = "" if found.passed else f"error {found.error:.3g}, allowed {found.allowed:.3g}"
     except Exception as error:  # a report on a broken machine must not break
         wrong = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     launched = set(counters() - before)
+    if row is not None and row not in launched and not wrong:
+        wrong = f"launched {', '.join(sorted(launched)) or 'nothing'} instead of {row}"
     result.cases += 1
     result.kernels |= launched
     if wrong:
-        result.failures.append(Failure(spec.name, ", ".join(sorted(launched)), str(case), wrong))
+        result.failures.append(Failure(spec.name, ", ".join(sorted(launched)) or row or "", str(case), wrong))

@@ -48,6 +48,7 @@ class OpSpec:
             several ops. A row may be claimed by one op only.
         check: runs a case on a device, by a kernel of the family or the op's choice (None), and compares it with
             the reference; None: ``metal-marlin selftest`` leaves the op out.
+        row_case: a case, and the kernel to ask for, that launch the row of a name; for rows that no case needs.
     """
 
     name: str
@@ -57,6 +58,7 @@ class OpSpec:
     bench: str | None = None
     kernels: tuple[str, ...] = ("*",)
     check: Callable[[Any, str, str | None], Check] | None = None
+    row_case: Callable[[str], tuple[Any, str]] | None = None
 
     def claims(self, file: str, kernel: str) -> bool:
         """True when the row ``kernel`` of ``file`` (a base name) belongs to this op."""

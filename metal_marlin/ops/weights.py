@@ -1,4 +1,4 @@
-"""What ops over quantised weights share: names of rows, where 16-byte accesses are possible, weights for cases."""
+"""What ops share: libraries and plans; over quantised weights: names of rows, 16-byte accesses, weights for cases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec
-from metal_marlin.runtime.library import MetalKernelLibrary
+from metal_marlin.runtime.library import MetalKernelLibrary, checks_wanted
 
 # torch dtype -> how row names say it
 KEYS = {torch.float16: "half", torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -42,10 +42,26 @@ def on_16_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (a.data_ptr() | b.data_ptr()) % 16 == 0
 
 
+def read_row(name: str) -> tuple[str, torch.dtype, torch.dtype | None, str]:
+    """Kernel, dtype, dtype of the scales (None: not said) and zeros that a row's name says."""
+    base, _, said = name.partition("__")
+    keys = {key[0]: key[1:] for key in said.split("_") if key}
+    dtypes = {word: dtype for dtype, word in KEYS.items()}
+    scales = dtypes[keys["s"]] if "s" in keys else None
+    return base, dtypes[keys.get("t", "half")], scales, keys.get("z", "none")
+
+
 @functools.lru_cache(maxsize=256)
-def library(family: str, device: str, lanes: int) -> MetalKernelLibrary:
+def library(family: str, device: str, lanes: int | None = None) -> MetalKernelLibrary:
     """The rows of a file of ``src/`` on a device."""
     return MetalKernelLibrary(family, device=device, lanes=lanes)
+
+
+@functools.cache
+def plan_kind(device: str) -> str:
+    """The device kind that launches are planned for. A cpu that checks kernels runs them as simdgroups do anywhere,
+    as the plans for mps: there is nothing to check in one lane. METAL_MARLIN_CHECKED is read at the first launch."""
+    return "mps" if device == "cpu" and checks_wanted() else device
 
 
 def random_weights(
