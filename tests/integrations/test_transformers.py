@@ -258,6 +258,7 @@ def test_other_mlps_are_left_alone(change: str) -> None:
 
 
 def test_offloaded_models_are_not_fused(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
     source = saved(load(saved(tiny(tie_word_embeddings=False), tmp_path / "a"), preset="default"), tmp_path / "b")
     wanted = logits(load(source))
     places = {f"model.{name}": "cpu" for name in ("embed_tokens", "layers.0", "norm", "rotary_emb")}
