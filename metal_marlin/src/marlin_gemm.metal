@@ -31,6 +31,20 @@ marlin_gemm(device const T* x [[buffer(0)]], device const uint* codes [[buffer(1
               NoEpilogue());
 }
 
+// The same with a bound that lets the assembler give a thread as many registers as 256 threads leave it.
+template <typename W, typename T, typename Schedule>
+[[kernel, max_total_threads_per_threadgroup(256)]] void
+marlin_gemm_async(device const T* x [[buffer(0)]], device const uint* codes [[buffer(1)]],
+                  device const typename W::S* scales [[buffer(2)]],
+                  device const typename GemmExtra<W>::type* extra [[buffer(3)]], device T* y [[buffer(4)]],
+                  constant GemmShape& shape [[buffer(5)]], uint3 tgid [[threadgroup_position_in_grid]],
+                  uint sgid [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+    typedef Gemm<W, T, Schedule, NoEpilogue> Core;
+    threadgroup typename Core::Shared sh;
+    Core::run(GemmArguments<W, T>(x, codes, scales, extra, y, shape), GemmPlace{tgid, sgid, lane}, sh,
+              NoEpilogue());
+}
+
 template <typename S> using Fp4 = Quantized<FP4, FloatScale<S>>;
 template <typename S> using Int4 = Quantized<INT4, FloatScale<S>>;
 template <typename S> using Int4Point = Quantized<UINT4, FloatScale<S>, ZeroPoint<S>>;
@@ -78,3 +92,30 @@ ROWS("marlin_gemm_uint8", Uint8Packed, DoubleStage, "__zpacked", "_zpacked")
 ROWS("marlin_gemm_uint8", Uint8Bias, DoubleStage, "__zbias", "_zbias")
 ROWS("marlin_gemm_fp8_e4m3", Fp8E4m3, DoubleStage, "", "")
 ROWS("marlin_gemm_fp8_e5m2", Fp8E5m2, DoubleStage, "", "")
+
+// Asynchronous copies; m: tokens of a threadgroup.
+typedef FewTokens<8, 32, 6> Few8;
+typedef FewTokens<16, 32, 5> Few16;
+typedef FewTokens<32, 32, 4> Few32;
+typedef ManyTokens<32, 64, 6> Many32;
+typedef ManyTokens<64, 64, 5> Many64;
+typedef ManyTokens<128, 128, 6> Many128;
+typedef ManyTokens<256, 128, 5> Many256;
+#define ASYNC(name, W, S, T, keys)                                                                           \
+    INSTANTIATE(name "_async__" keys "m8", marlin_gemm_async<W, T, Few8>)                                    \
+    INSTANTIATE(name "_async__" keys "m16", marlin_gemm_async<W, T, Few16>)                                  \
+    INSTANTIATE(name "_async__" keys "m32", marlin_gemm_async<W, T, Few32>)                                  \
+    INSTANTIATE(name "_async_deep__" keys "m32", marlin_gemm_async<W, T, Many32>)                            \
+    INSTANTIATE(name "_async_deep__" keys "m64", marlin_gemm_async<W, T, Many64>)                            \
+    INSTANTIATE(name "_async_deep__" keys "m128", marlin_gemm_async<W, T, Many128>)                          \
+    INSTANTIATE(name "_async_deep__" keys "m256", marlin_gemm_async<W, T, Many256>)
+#define ROWS_ASYNC(name, W, z)                                                                               \
+    ASYNC(name, W<half>, half, half, z)                                                                      \
+    ASYNC(name, W<bfloat>, bfloat, bfloat, "tbf16_" z)
+
+ROWS_ASYNC("marlin_gemm_fp4", Fp4, "")
+ROWS_ASYNC("marlin_gemm_int4", Int4, "")
+ROWS_ASYNC("marlin_gemm_int4", Int4Point, "zpoint_")
+ROWS_ASYNC("marlin_gemm_int4", Int4Packed, "zpacked_")
+ROWS_ASYNC("marlin_gemm_int4", Int4Bias, "zbias_")
+ROWS_ASYNC("marlin_gemm_int8", Int8, "")

@@ -73,6 +73,14 @@ struct SingleStage {
 struct DoubleStage {
     enum : uint { kStages = 2 };
 };
+// Asynchronous copies, kDepth stages. Devices without them, and float activations, have the two stages above.
+// kRows of W and kTokens of a threadgroup.
+template <uint kTokens_, uint kRows_, uint kDepth_> struct FewTokens {
+    enum : uint { kStages = 2, kTokens = kTokens_, kRows = kRows_, kDepth = kDepth_ };
+};
+template <uint kTokens_, uint kRows_, uint kDepth_> struct ManyTokens {
+    enum : uint { kStages = 2, kTokens = kTokens_, kRows = kRows_, kDepth = kDepth_ };
+};
 
 // Epilogues: what becomes of a sum before it is rounded.
 struct NoEpilogue {

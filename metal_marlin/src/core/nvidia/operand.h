@@ -170,4 +170,17 @@ template <> struct MmaDecode<FP8E4M3, bfloat> : MmaPlain {
         }
     }
 };
+
+// A word's codes 2 * i and 2 * i + 1 as pair i: neighbours along k.
+template <typename Format, typename T>
+static inline void mma_neighbours(uint word, thread uint (&w)[Format::kPerWord / 2]) {
+    uint p[Format::kPerWord / 2];
+    MmaDecode<Format, T>::pairs(word, p);
+    enum : uint { kHalf = Format::kPerWord / 4 };
+#pragma unroll
+    for (uint i = 0; i < kHalf; ++i) {
+        w[i] = mma_permute(p[2 * i], p[2 * i + 1], 0x5410);
+        w[i + kHalf] = mma_permute(p[2 * i], p[2 * i + 1], 0x7632);
+    }
+}
 #endif
