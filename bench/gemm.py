@@ -6,15 +6,17 @@
 
 Correctness comes first, on the data that is timed. A shape is NxK or the name of a model's shapes. `linear` is what
 users call; up to 64 tokens the matrix-vector kernel is timed too: where the two cross is what FEW_TOKENS of
-ops/linear.py should say. `dense` is torch.matmul with dequantised weights. Buffers rotate past the last-level cache;
-on NVIDIA GPUs the launches are a CUDA graph's. --precompile only compiles the kernels used here into DIR, for a machine
-without a compiler that has METAL_MARLIN_ROWS=DIR.
+ops/linear.py should say. `dense` is torch.matmul with dequantised weights, `torch int4` torch._weight_int4pack_mm in
+bfloat16. --tiles times every row with asynchronous copies that suits the tokens. Buffers rotate past the last-level
+cache; on NVIDIA GPUs the launches are a CUDA graph's. --precompile only compiles the kernels used here into DIR, for a
+machine without a compiler that has METAL_MARLIN_ROWS=DIR.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+from typing import Any
 
 import torch
 from common import (
@@ -42,13 +44,17 @@ LIMITS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
 GOAL = {"cpu": 0.5, "cuda": 0.3}  # share of dense at 128 tokens and more; the second without wgmma
 
 
-def precompile(option: str) -> None:
-    """Compile every row of both families for TARGET into DIR."""
+def precompile(option: str, formats: list[str], dtypes: list[str]) -> None:
+    """Compile the rows of both families for TARGET into DIR: these formats and dtypes, scales in the same dtype."""
     text, _, folder = option.partition("=")
     for family in (marlin_gemm.FAMILY, linear_decode.FAMILY):
         library = MetalKernelLibrary(family, target=Target.parse(text), cache=RowCache(folder))
         for name in library.kernels:
-            library.compile(name)
+            base, _, keys = name.partition("__")
+            dtype = next((key[1:] for key in keys.split("_") if key.startswith("t")), "half")
+            scaled = any(key.startswith("s") for key in keys.split("_"))
+            if dtype in dtypes and not scaled and any(f"_{form}" in base for form in formats):
+                library.compile(name)
 
 
 def shapes(asked: list[str]) -> list[Case]:
@@ -61,6 +67,13 @@ def shapes(asked: list[str]) -> list[Case]:
         else:
             found += [case for case in CASES if case.model == name]
     return found
+
+
+def tiles(case: Case) -> list[str]:
+    """Rows with asynchronous copies whose tiles are not much too large or too small."""
+    if not marlin_gemm.has_async(case.dtype, case.scales_in, case.format):
+        return []
+    return [f"marlin_gemm_{case.format}{v}__m{m}" for v, m in marlin_gemm.ASYNC if case.M / 4 <= m <= 4 * case.M]
 
 
 def group_of(name: str, group: int) -> int:
@@ -91,8 +104,26 @@ def candidates(case: Case, device: str, sets: int, kernels: list[str]) -> tuple[
             call(i)
             synchronize(device)
             error = max(error, require_correct(f"{case} {name}", outs[i], wanted, LIMITS[case.dtype]))
+    peer = int4_peer(case, data)
+    if peer is not None:
+        found["torch int4"] = peer
     found["dense"] = lambda i: torch.matmul(data[i][0], dense[i % len(dense)].T, out=outs[i])
     return found, error
+
+
+def int4_peer(case: Case, data: list[Any]) -> Candidate | None:
+    """torch's own 4-bit product, bfloat16 only; its weights are random, for its speed does not depend on them."""
+    if not data[0][0].is_cuda or case.format not in ("fp4", "int4") or case.group not in (32, 64, 128, 256):
+        return None
+    if case.N % 8 or case.K % 128:
+        return None
+    form = {"device": data[0][0].device}
+    sets = []
+    for x, *_ in data:
+        raw = torch.randint(0, 256, (case.N, case.K // 2), dtype=torch.uint8, **form)
+        scales = torch.rand(case.K // case.group, case.N, 2, dtype=torch.bfloat16, **form)
+        sets.append((x.bfloat16(), torch._convert_weight_to_int4pack(raw, 8), scales))
+    return lambda i: torch._weight_int4pack_mm(sets[i][0], sets[i][1], case.group, sets[i][2])
 
 
 def measure(case: Case, device: str, kernels: list[str]) -> list[tuple[str, ...]]:
@@ -107,7 +138,7 @@ def measure(case: Case, device: str, kernels: list[str]) -> list[tuple[str, ...]
         times = host_times(calls, device, inner=inner, rounds=15, sets=sets)
     rows: list[tuple[str, ...]] = []
     for name, t in times.items():
-        dense = name == "dense"
+        dense = name in ("dense", "torch int4")
         save("gemm", str(case), name, t, device, operations=operations, error=None if dense else error)
         share = times["dense"].median / t.median
         goal = None if dense or case.M < 128 else GOAL.get(device.partition(":")[0])
@@ -126,10 +157,11 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["large"], help="large, smollm2, NxK")
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--kernel", nargs="+", default=[], help="variants to time as well")
+    parser.add_argument("--tiles", action="store_true", help="time every tile with asynchronous copies")
     parser.add_argument("--precompile", metavar="TARGET=DIR", help="only compile for TARGET into DIR")
     options = parser.parse_args()
     if options.precompile:
-        precompile(options.precompile)
+        precompile(options.precompile, options.format, options.dtype or ["half"])
         return
     heading = ("case", "candidate", "µs", "p20", "p80", "TFLOP/s", "of dense", "error", "goal")
     for device in usable_devices(options.device):
@@ -143,6 +175,7 @@ def main() -> None:
                         case = Case(tokens, shape.N, shape.K, group, DTYPES[dtype], None, name, zeros, shape.model)
                         kernels = [f"marlin_gemm_{name}", *(k for k in options.kernel if f"_{name}" in k)]
                         kernels += [f"decode_gemv_{name}_batched"] if tokens <= 64 else []
+                        kernels += tiles(case) if options.tiles else []
                         rows += measure(case, device, kernels)
         table(device, [heading, *rows])
 

@@ -14,15 +14,17 @@ from metal_marlin.ops.marlin_gemm import ARGUMENTS, marlin_gemm_ref
 
 # Most tokens for which reading the weights again for every 8 of them costs less than a tile of the GEMM, by device.
 FEW_TOKENS = {"cpu": 8, "cuda": 16, "mps": 8}
+FEW_ASYNC = 8  # on a GPU of compute capability 9.0 where the GEMM has tiles of few tokens
 
 linear_ref = marlin_gemm_ref
 
 
-def plan(M: int, device: str, kernel: str | None = None) -> str:
-    """The op for M tokens on a device kind, "linear_decode" or "marlin_gemm"; ``kernel`` asks for a row of one."""
+def plan(M: int, device: str, kernel: str | None = None, has_async: bool = False) -> str:
+    """The op for M tokens on a device kind, "linear_decode" or "marlin_gemm"; ``kernel`` asks for a row of one;
+    ``has_async``: the GEMM has rows with asynchronous copies for these tensors and this GPU."""
     if kernel is not None:
         return "linear_decode" if kernel.startswith("decode_gemv") else "marlin_gemm"
-    return "linear_decode" if FEW_TOKENS.get(device, 8) >= M else "marlin_gemm"
+    return "linear_decode" if (FEW_ASYNC if has_async else FEW_TOKENS.get(device, 8)) >= M else "marlin_gemm"
 
 
 def linear(
@@ -60,9 +62,11 @@ def linear(
     return out
 
 
-def _is_few(x: torch.Tensor, kernel: str | None) -> bool:
+def _is_few(x: torch.Tensor, scales: torch.Tensor, format: str, kernel: str | None) -> bool:
     K = x.shape[-1] if x.ndim else 0  # of a wrong shape any op may say so
-    return plan(x.numel() // K if K else 0, x.device.type, kernel) == "linear_decode"
+    M = x.numel() // K if K else 0
+    tiles = x.is_cuda and K % 32 == 0 and _gemm.has_async(x.dtype, scales.dtype, format)
+    return plan(M, x.device.type, kernel, tiles and _gemm._is_hopper(x.device.index)) == "linear_decode"
 
 
 def _new(
@@ -75,7 +79,7 @@ def _new(
     group_size: int,
     kernel: str | None,
 ) -> torch.Tensor:
-    op = _decode._new if _is_few(x, kernel) else _gemm._new
+    op = _decode._new if _is_few(x, scales, format, kernel) else _gemm._new
     return op(x, codes, scales, extra, format, zeros, group_size, kernel)
 
 
@@ -90,7 +94,7 @@ def _run(
     kernel: str | None,
     out: torch.Tensor,
 ) -> None:
-    op = _decode._run if _is_few(x, kernel) else _gemm._run
+    op = _decode._run if _is_few(x, scales, format, kernel) else _gemm._run
     op(x, codes, scales, extra, format, zeros, group_size, kernel, out)
 
 

@@ -23,6 +23,21 @@ _THREADS = 128
 _TOKENS = 256  # most tokens of a threadgroup on the cpu; src/core/cpu/gemm.h
 
 
+# Tiles of the rows with asynchronous copies: tokens and rows of W of a threadgroup, and what 64 k of it cost on an H200
+# (clock cycles, about). "_async" is mma.sync, "_async_deep" wgmma: src/core/nvidia/gemm_few.h and gemm_wgmma.h.
+ASYNC = {
+    ("_async", 8): (32, 0),
+    ("_async", 16): (32, 0),
+    ("_async", 32): (32, 0),
+    ("_async_deep", 32): (64, 200),
+    ("_async_deep", 64): (64, 250),
+    ("_async_deep", 128): (128, 650),
+    ("_async_deep", 256): (128, 1100),
+}
+ASYNC_FORMATS = ("fp4", "int4", "int8")
+_ASYNC_THREADS = 256
+_MULTIPROCESSORS = 132
+
 _DTYPES = tuple(KEYS)
 _OTHERS = (
     ("mxfp4", "none", 32),
@@ -63,6 +78,11 @@ class Plan:
     layout: str = CANONICAL
 
 
+def has_async(dtype: torch.dtype, scale_dtype: torch.dtype, format: str) -> bool:
+    """Whether there are rows with asynchronous copies."""
+    return format in ASYNC_FORMATS and dtype == scale_dtype != torch.float32
+
+
 @functools.lru_cache(maxsize=4096)
 def plan(
     M: int,
@@ -74,11 +94,14 @@ def plan(
     zeros: str = "none",
     pool: int = 1,
     kernel: str | None = None,
+    hopper: bool = False,
+    aligned: bool = True,
 ) -> Plan:
-    """The row and grid for x [M, K] in ``dtype``; ``device``: cpu, cuda or mps; ``pool``: threads of the CPU pool.
+    """The row and grid for x [M, K] in ``dtype``; ``device``: cpu, cuda or mps; ``pool``: threads of the CPU pool;
+    ``hopper``: the GPU has compute capability 9.0; ``aligned``: K is a multiple of 32, x and codes start at 16 bytes.
 
-    ``kernel`` asks for a variant of the format, such as "marlin_gemm_fp4_single_stage".
-    Raises ArgumentError for dtypes and variants that have no row.
+    ``kernel`` asks for a variant of the format, such as "marlin_gemm_fp4_single_stage" or "marlin_gemm_fp4_async__m16".
+    Raises ArgumentError for dtypes and variants that have no row, or none that runs here.
     """
     of = codec(format)
     if dtype not in KEYS:
@@ -86,16 +109,29 @@ def plan(
     if scale_dtype not in of.scale_dtypes:
         raise ArgumentError(f"marlin_gemm: scales is {scale_dtype}; {format} takes {_listed(of.scale_dtypes)}")
     known = [f"marlin_gemm_{format}{variant}" for variant in VARIANTS.get(format, ("",))]
-    base = kernel or known[0]
-    if base not in known:
-        raise ArgumentError(f"marlin_gemm: kernel is {kernel!r}; of {format} there are {', '.join(known)}")
+    tiles = {f"marlin_gemm_{format}{v}__m{m}": (v, m) for v, m in ASYNC if has_async(dtype, scale_dtype, format)}
+    if kernel is not None and kernel not in known and kernel not in tiles:
+        raise ArgumentError(f"marlin_gemm: kernel is {kernel!r}; of {format} there are {', '.join((*known, *tiles))}")
+    tile = tiles.get(kernel or "")
+    if kernel is None and device == "cuda" and hopper and aligned and tiles:
+        tile = _tile(M, N)
+    base = kernel or known[0] if tile is None else f"marlin_gemm_{format}{tile[0]}"
     keys = [
         "" if dtype == torch.float16 else f"t{KEYS[dtype]}",
         "" if of.scale_kind != "float" or scale_dtype == dtype else f"s{KEYS[scale_dtype]}",
         "" if zeros == "none" else f"z{zeros}",
+        "" if tile is None else f"m{tile[1]}",
     ]
     row = "__".join(filter(None, (base, "_".join(filter(None, keys)))))
     across = -(-N // _TILE)
+    if device == "cuda" and tile is not None:
+        if not hopper or not aligned:
+            need = (
+                "a GPU of compute capability 9.0" if not hopper else "K % 32 = 0, x and codes at multiples of 16 bytes"
+            )
+            raise ArgumentError(f"marlin_gemm: kernel {row!r} needs {need}")
+        rows, tokens = ASYNC[tile][0], tile[1]
+        return Plan(row, (-(-N // rows), -(-M // tokens)), _ASYNC_THREADS, rows, tokens, lanes=32)
     if device != "cpu":
         return Plan(row, (across, -(-M // _TILE)), _THREADS, _TILE, _TILE, lanes=32)
     blocks = -(-M // _TOKENS)  # each decodes W again: more of them only where threads would have nothing to do
@@ -103,6 +139,25 @@ def plan(
         blocks += 1
     tokens = -(-M // blocks)
     return Plan(row, (across, -(-M // tokens)), 1, _TILE, tokens, lanes=1)
+
+
+def _tile(M: int, N: int) -> tuple[str, int]:
+    """The tile of least time: few tokens in one, else by how often the multiprocessors have to take a threadgroup."""
+    few = [tile for tile in ASYNC if tile[0] == "_async" and tile[1] >= M]
+    if few:
+        return min(few, key=lambda tile: tile[1])
+
+    def cost(tile: tuple[str, int]) -> int:
+        rows, each = ASYNC[tile]
+        blocks = -(-N // rows) * -(-M // tile[1])
+        return -(-blocks // _MULTIPROCESSORS) * each
+
+    return min((tile for tile in ASYNC if tile[0] == "_async_deep"), key=cost)
+
+
+@functools.lru_cache(maxsize=64)
+def _is_hopper(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) == (9, 0)
 
 
 def _listed(values: object) -> str:
@@ -208,12 +263,13 @@ def _run(
         raise ArgumentError(f"marlin_gemm: out is {out.dtype} {tuple(out.shape)}; needs {x.dtype} {(*x.shape[:-1], N)}")
     kind = x.device.type
     pool = torch.get_num_threads() if kind == "cpu" else 1
-    p = plan(max(M, 1), N, x.dtype, scales.dtype, kind, format, zeros, pool, kernel)
-    if M == 0 or N == 0:
-        return
     aligned = K % 32 == 0 and kind != "mps" and (x.data_ptr() | codes.data_ptr()) % 16 == 0
     if kind == "mps":  # data_ptr() is a buffer object there
         aligned = K % 32 == 0 and x.storage_offset() * x.element_size() % 16 == 0 and codes.storage_offset() % 4 == 0
+    hopper = kind == "cuda" and _is_hopper(x.device.index)
+    p = plan(max(M, 1), N, x.dtype, scales.dtype, kind, format, zeros, pool, kernel, hopper, aligned)
+    if M == 0 or N == 0:
+        return
     shape = {"M": M, "N": N, "K": K, "group": group_size, "rows": p.rows, "tokens": p.tokens, "aligned": int(aligned)}
     dispatch_kernel(
         _library(str(x.device), p.lanes),

@@ -27,7 +27,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
         kPairs = kPerWord / 2,
         kStep = 4 * kPerWord, // k of four words
         kSteps = kBlock / kStep,
-        kLoads = kSteps / 2, // of W, two steps each
+        kLoads = kSteps / 2,              // of W, two steps each
         kCodes = kBK * Format::kBits / 8, // bytes of a row and stage
         kWStride = kCodes + 16,
         kXStride = 2 * kBK + 8 * kPerWord,
@@ -36,8 +36,10 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
         kXCopies = kBM * kBK / 8 / kThreads,
         kSumStride = kBN + 4
     };
-    static_assert(kBN * kCodes / 16 % kThreads == 0 && kBM * kBK / 8 % kThreads == 0, "FewGemm: copies of a thread");
-    static_assert(kSimdgroups * kBM * kSumStride * 4 <= kStages * kStage, "FewGemm: sums take the place of stages");
+    static_assert(kBN * kCodes / 16 % kThreads == 0 && kBM * kBK / 8 % kThreads == 0,
+                  "FewGemm: copies of a thread");
+    static_assert(kSimdgroups * kBM * kSumStride * 4 <= kStages * kStage,
+                  "FewGemm: sums take the place of stages");
     struct alignas(128) Shared {
         uchar stages[kStages * kStage];
     };
@@ -70,7 +72,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
     static void warm(thread const Arguments& a, uint first, uint tid) {
         const uint row = first + tid / 8, line = 64 / sizeof(typename W::S);
         if (tid / 8 < kBN && row < a.N) {
-            for (uint g = tid % 8 * line; g < a.groups; g += 8 * line) prefetch(a.scales + ulong(row) * a.groups + g);
+            for (uint g = tid % 8 * line; g < a.groups; g += 8 * line)
+                prefetch(a.scales + ulong(row) * a.groups + g);
         }
     }
 
@@ -127,7 +130,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
 
     // A simdgroup's block of a stage: ws is where its lane's matrices of W begin, xs its lane's x.
     template <bool kFine>
-    static void multiply(uint ws, uint xs, thread const Scales<kFine>& s, thread float (&total)[kStrips][kTiles][4]) {
+    static void multiply(uint ws, uint xs, thread const Scales<kFine>& s,
+                         thread float (&total)[kStrips][kTiles][4]) {
         enum : bool { kOnes = W::kAffine && !kFine };
         float d[kStrips][kTiles][4], ones[kTiles][4], powers[kStrips][2];
         uint q[kStrips][kLoads][4], scales[kStrips][2][kSteps], offsets[kStrips][2][kSteps];
@@ -144,7 +148,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
 #pragma unroll
         for (uint strip = 0; strip < kStrips; ++strip) {
 #pragma unroll
-            for (uint i = 0; i < kLoads; ++i) shared_matrices(ws + strip * 16 * kWStride + i * 32, q[strip][i]);
+            for (uint i = 0; i < kLoads; ++i)
+                shared_matrices(ws + strip * 16 * kWStride + i * 32, q[strip][i]);
             if (kFine) {
 #pragma unroll
                 for (uint h = 0; h < 2; ++h) {
@@ -156,7 +161,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
         for (uint step = 0; step < kSteps; ++step) {
             uint x[kTiles][kPairs];
 #pragma unroll
-            for (uint tile = 0; tile < kTiles; ++tile) operand(xs + tile * 8 * kXStride + step * kStep * 2, x[tile]);
+            for (uint tile = 0; tile < kTiles; ++tile)
+                operand(xs + tile * 8 * kXStride + step * kStep * 2, x[tile]);
 #pragma unroll
             for (uint strip = 0; strip < kStrips; ++strip) {
                 uint w[2][kPairs];
@@ -203,7 +209,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
         const uint tid = at.sgid * kSimdWidth + at.lane, lane = at.lane;
         const uint ws = base + (lane / 8 % 2 * 8 + lane % 8) * kWStride + at.sgid * (kCodes / kSimdgroups) +
                         lane / 16 * 16;
-        const uint xs = base + kBN * kWStride + lane / 4 * kXStride + (at.sgid * kBlock + lane % 4 * kPerWord) * 2;
+        const uint xs =
+            base + kBN * kWStride + lane / 4 * kXStride + (at.sgid * kBlock + lane % 4 * kPerWord) * 2;
 #pragma unroll
         for (uint i = 0; i < kStages - 1; ++i) {
             if (i * kBK < a.K) load(a, first, token, tid, i * kBK, base + i * kStage);
@@ -216,7 +223,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
             const Scales<kFine> s = next;
             AsyncCopy::wait<kStages - 2>();
             threadgroup_barrier(mem_flags::mem_threadgroup); // also: nobody reads what is overwritten now
-            if (k + (kStages - 1) * kBK < a.K) load(a, first, token, tid, k + (kStages - 1) * kBK, base + ahead);
+            if (k + (kStages - 1) * kBK < a.K)
+                load(a, first, token, tid, k + (kStages - 1) * kBK, base + ahead);
             AsyncCopy::commit();
             fetch<kFine>(a, first, lane, k + kBK + at.sgid * kBlock, next);
             if (k + at.sgid * kBlock < a.K) multiply<kFine>(ws + now, xs + now, s, total);
@@ -254,7 +262,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
             for (uint tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
                 for (uint e = 0; e < 4; ++e) {
-                    to[(tile * 8 + e % 2) * kSumStride + strip * 16 + e / 2 * 8] = total[strip][tile][e] * unit;
+                    to[(tile * 8 + e % 2) * kSumStride + strip * 16 + e / 2 * 8] =
+                        total[strip][tile][e] * unit;
                 }
             }
         }

@@ -34,7 +34,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
         kYStride = 2 * kBN + 16
     };
     static_assert(kGroupsN * kGroupsK == 2, "WgmmaGemm: two groups");
-    static_assert(kBN * kCodes / 16 % kThreads == 0 && kX / 16 % kThreads == 0, "WgmmaGemm: copies of a thread");
+    static_assert(kBN * kCodes / 16 % kThreads == 0 && kX / 16 % kThreads == 0,
+                  "WgmmaGemm: copies of a thread");
     static_assert(kSums * 128 * 4 * (kGroupsK - 1) + kBM * kYStride <= kStages * kStage,
                   "WgmmaGemm: y takes the place of stages");
     struct alignas(1024) Shared {
@@ -69,11 +70,13 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
             const uint k = k0 + chunk * (4 * kPerWord);
             const bool reads = k < a.K;
             device const uint* codes = a.codes + ulong(min(at.first + row, a.N - 1)) * (a.K / kPerWord);
-            AsyncCopy::copy16(stage + kX + row * kWStride + chunk * 16, codes + (reads ? k / kPerWord : 0), reads);
+            AsyncCopy::copy16(stage + kX + row * kWStride + chunk * 16, codes + (reads ? k / kPerWord : 0),
+                              reads);
         }
     }
 
-    template <bool kFine> static void fetch(thread const Arguments& a, uint n, uint k, thread Scales<kFine>& s) {
+    template <bool kFine>
+    static void fetch(thread const Arguments& a, uint n, uint k, thread Scales<kFine>& s) {
 #pragma unroll
         for (uint h = 0; h < 2; ++h) {
             const typename W::Row row = a.row(min(n + 8 * h, a.N - 1));
@@ -90,7 +93,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
 
     // The lane's left operands of a block, four steps of 16 k.
     template <bool kFine>
-    static void decode(thread const Place& at, uint ws, thread const Scales<kFine>& s, thread uint (&left)[4][4]) {
+    static void decode(thread const Place& at, uint ws, thread const Scales<kFine>& s,
+                       thread uint (&left)[4][4]) {
         enum : uint { kRuns = Scales<kFine>::kRuns, kWords = kBlock / kPerWord };
 #pragma unroll
         for (uint h = 0; h < 2; ++h) {
@@ -118,8 +122,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
                     const uint eight = i * kPerWord / 8 + j; // of k
                     const uint step = eight / 2, run = kFine ? step : 0;
                     const uint plain = Decode::plain(w[j]);
-                    left[step][eight % 2 * 2 + h] =
-                        W::kAffine ? Pair::fma(plain, scales[run], offsets[run]) : Pair::times(plain, scales[run]);
+                    left[step][eight % 2 * 2 + h] = W::kAffine ? Pair::fma(plain, scales[run], offsets[run])
+                                                               : Pair::times(plain, scales[run]);
                 }
             }
         }
@@ -132,12 +136,13 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
 
     // One stage. The instructions of the stage before may still be running: they read the other left operands.
     template <bool kFine>
-    static void step(thread const Arguments& a, thread const Place& at, thread Turn& turn, thread Scales<kFine>& next,
-                     thread uint (&left)[4][4], thread float (&d)[kSums]) {
+    static void step(thread const Arguments& a, thread const Place& at, thread Turn& turn,
+                     thread Scales<kFine>& next, thread uint (&left)[4][4], thread float (&d)[kSums]) {
         const Scales<kFine> s = next;
         AsyncCopy::wait<kStages - 3>();
         WgmmaGroup::publish();
-        threadgroup_barrier(mem_flags::mem_threadgroup); // the stage before the last has been read by everybody
+        threadgroup_barrier(
+            mem_flags::mem_threadgroup); // the stage before the last has been read by everybody
         load(a, at, turn.k + (kStages - 2) * kBK, at.base + turn.ahead);
         AsyncCopy::commit();
         fetch<kFine>(a, at.row, turn.k + kBK + at.k, next);
@@ -195,7 +200,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
 #pragma unroll
                 for (uint e = 0; e < 2; ++e) {
                     const uint token = at.token + (j + i / 2) * 8 + lane % 4 * 2 + e;
-                    y[e] = T(epilogue.apply(d[(j + i / 2) * 4 + i % 2 * 2 + e] * factor, token, at.row + i % 2 * 8));
+                    y[e] = T(epilogue.apply(d[(j + i / 2) * 4 + i % 2 * 2 + e] * factor, token,
+                                            at.row + i % 2 * 8));
                 }
                 v[i] = pack(y[0], y[1]);
             }
