@@ -58,13 +58,18 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
             device const uint* codes = a.codes + ulong(min(first + row, a.N - 1)) * (a.K / kPerWord);
             AsyncCopy::copy16(stage + row * kWStride + chunk * 16, codes + (reads ? k / kPerWord : 0), reads);
         }
+        // a row of x takes kBK / 8 threads, kPass rows at a time
+        enum : uint { kPass = kThreads / (kBK / 8) };
+        const uint row = tid / (kBK / 8), chunk = tid % (kBK / 8);
+        const uint to = stage + kBN * kWStride + row * kXStride + chunk * 16;
+        const uint left = max(a.M, token + row) - token - row; // rows of x from the first on
+        const bool inside = k0 + chunk * 8 < a.K;
+        device const T* x = a.x + ulong(token + row) * a.K + k0 + chunk * 8;
 #pragma unroll
         for (uint i = 0; i < kXCopies; ++i) {
-            const uint id = tid + i * kThreads, row = id / (kBK / 8), chunk = id % (kBK / 8);
-            const uint k = k0 + chunk * 8;
-            const bool reads = k < a.K && token + row < a.M;
-            device const T* x = a.x + (reads ? ulong(token + row) * a.K + k : 0);
-            AsyncCopy::copy16(stage + kBN * kWStride + row * kXStride + chunk * 16, x, reads);
+            const bool reads = inside && i * kPass < left;
+            device const T* from = x + ulong(i * kPass) * a.K;
+            AsyncCopy::copy16(to + i * kPass * kXStride, reads ? from : a.x, reads);
         }
     }
 

@@ -56,13 +56,16 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
     };
 
     static void load(thread const Arguments& a, thread const Place& at, uint k0, uint stage) {
+        // 8 threads a row of x and block, 32 rows at a time
+        const uint row = at.tid / 8, chunk = at.tid % 8, to = stage + row * 128 + (chunk ^ row % 8) * 16;
+        const uint left = max(a.M, at.token + row) - at.token - row; // rows of x from the first on
+        device const T* x = a.x + ulong(at.token + row) * a.K + k0 + chunk * 8;
 #pragma unroll
         for (uint i = 0; i < kXCopies; ++i) {
-            const uint id = at.tid + i * kThreads, chunk = id % 8, row = id / 8 % kBM, block = id / 8 / kBM;
-            const uint k = k0 + block * kBlock + chunk * 8;
-            const bool reads = k < a.K && at.token + row < a.M;
-            device const T* x = a.x + (reads ? ulong(at.token + row) * a.K + k : 0);
-            AsyncCopy::copy16(stage + (block * kBM + row) * 128 + (chunk ^ row % 8) * 16, x, reads);
+            const uint further = i * 32 % kBM, block = i * 32 / kBM;
+            const bool reads = k0 + block * kBlock + chunk * 8 < a.K && further < left;
+            device const T* from = x + (ulong(further) * a.K + block * kBlock);
+            AsyncCopy::copy16(to + i * 32 * 128, reads ? from : a.x, reads);
         }
 #pragma unroll
         for (uint i = 0; i < kWCopies; ++i) {
