@@ -175,6 +175,21 @@ def test_every_tile_on_a_gpu(case: Case, variant: str) -> None:
     assert torch.equal(out, first)
 
 
+def test_plans_on_hopper() -> None:
+    def of(M: int, N: int = 4096, **options: object) -> Plan:
+        return plan(M, N, torch.float16, torch.float16, "cuda", hopper=True, **options)  # type: ignore[arg-type]
+
+    rows = {8: "_async__m8", 9: "_async__m16", 32: "_async__m32", 64: "_async_deep__m32", 128: "_async_deep__m64"}
+    rows |= {512: "_async_deep__m128", 4096: "_async_deep__m256"}
+    assert {M: of(M).kernel for M in rows} == {M: f"marlin_gemm_fp4{row}" for M, row in rows.items()}
+    assert of(128).threadgroups == (64, 2)
+    assert of(64, aligned=False).kernel == "marlin_gemm_fp4"
+    with pytest.raises(ArgumentError, match="K % 32 = 0"):
+        of(64, aligned=False, kernel="marlin_gemm_fp4_async__m16")
+    with pytest.raises(ArgumentError, match=r"compute capability 9\.0"):
+        plan(64, 64, torch.float16, torch.float16, "cuda", kernel="marlin_gemm_fp4_async__m16")
+
+
 @pytest.mark.parametrize(("case", "variant"), tile_cases()[::41])
 def test_every_tile(case: Case, variant: str) -> None:
     tensors = case.tensors()
@@ -285,7 +300,7 @@ def test_single_stage_has_one_stage() -> None:
 def test_variants_have_the_same_bits(dtype: torch.dtype, device: str) -> None:
     case = Case(70, 65, 328, 64, dtype)
     tensors = case.tensors(device)
-    plain = call(case, tensors)
+    plain = call(case, tensors, kernel="marlin_gemm_fp4")
     for variant in ("_fp32acc", "_single_stage"):
         assert torch.equal(call(case, tensors, kernel=f"marlin_gemm_fp4{variant}"), plain)
 
@@ -348,13 +363,16 @@ def test_writes_only_its_output(case: Case, device: str) -> None:
 def test_views_that_start_anywhere(name: str, dtype: torch.dtype, device: str) -> None:
     case = Case(9, 70, 96, 32, dtype, None, name)
     tensors = case.tensors(device)
-    y = call(case, tensors)
+    kernel = f"marlin_gemm_{name}"
+    y = call(case, tensors, kernel=kernel)
     moved = []
     for t in tensors[:3]:
         room = torch.empty(t.numel() + 1, dtype=t.dtype, device=device)
         room[1:] = t.flatten()
         moved.append(room[1:].view(t.shape))
-    assert torch.equal(call(case, (*moved, None)), y)  # type: ignore[arg-type]
+    moved_on = (*moved, None)
+    assert torch.equal(call(case, moved_on, kernel=kernel), y)  # type: ignore[arg-type]
+    check(call(case, moved_on), case, tensors)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("device", DEVICES)
