@@ -166,6 +166,14 @@ def copy_ceiling(device: str) -> float:
     return times["copy"].gb_per_s(2 * size)
 
 
+def read_ceiling(device: str) -> float:
+    """GB/s of reading a large tensor once, as its largest element is found."""
+    size = max(1 << 28, 8 * cache_bytes(device)) // 4
+    source = torch.ones(size, device=device)  # written, or pages of nothing would be read from a cache
+    times = host_times({"read": lambda _: source.max()}, device, inner=1, rounds=9)
+    return times["read"].gb_per_s(4 * size)
+
+
 def device_name(device: str) -> str:
     """What a device's results file is called: the GPU's or CPU's model."""
     if device.startswith("cuda"):

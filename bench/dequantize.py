@@ -1,12 +1,11 @@
 """Dequantisation: GB/s of numbers written, every output beyond the caches.
 
     python bench/dequantize.py [--device cuda] [--format fp4 int4:point int8] [--dtype half bf16 f32] [--group 128]
-                               [--kernel dequant_fp4_optimal all] [--size 4096x14336] [--precompile cuda:sm_90a=DIR]
+                               [--kernel dequant_fp4_optimal all] [--size 4096x14336]
 
 Correctness comes first, on the data that is timed. The ceiling is what filling a tensor of the same size reaches in the
 same run. Buffers rotate past the last-level cache; on NVIDIA GPUs the launches are a CUDA graph's. --kernel all takes
-every variant of the formats. --precompile only compiles the kernels used here into DIR, for a machine without a
-compiler that has METAL_MARLIN_ROWS=DIR.
+every variant of the formats.
 """
 
 from __future__ import annotations
@@ -28,11 +27,8 @@ from common import (
     usable_devices,
 )
 
-from metal_marlin import MetalKernelLibrary
 from metal_marlin.formats import codec
-from metal_marlin.msl.target import Target
 from metal_marlin.ops.dequantize import Case, Plan, dequantize, dequantize_ref, plan, variants
-from metal_marlin.runtime.cache import RowCache
 
 DTYPES = {"half": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 LIMITS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-6}
@@ -56,14 +52,6 @@ def wanted_cases(options: argparse.Namespace) -> Iterator[Case]:
 def planned(case: Case, device: str) -> Plan:
     kind = device.partition(":")[0]
     return plan(case.N, case.K, case.dtype, case.scales_in, kind, 1, case.kernel, case.format, case.zeros)
-
-
-def precompile(option: str, cases: list[Case]) -> None:
-    """Compile the rows of the cases for TARGET into DIR."""
-    text, _, folder = option.partition("=")
-    target = Target.parse(text)
-    for family, name in sorted({(p.family, p.kernel) for p in (planned(case, target.kind) for case in cases)}):
-        MetalKernelLibrary(family, target=target, cache=RowCache(folder)).compile(name)
 
 
 def candidates(case: Case, device: str, sets: int) -> tuple[dict[str, Candidate], float]:
@@ -118,14 +106,10 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=128, help="weights a scale")
     parser.add_argument("--kernel", nargs="+", default=[], help="variants; all: every one of the formats")
     parser.add_argument("--size", default="4096x14336", help="NxK")
-    parser.add_argument("--precompile", metavar="TARGET=DIR", help="only compile for TARGET into DIR")
     options = parser.parse_args()
     cases = list(wanted_cases(options))
     if not cases:
         parser.error("no case: no such kernel of these formats")
-    if options.precompile:
-        precompile(options.precompile, cases)
-        return
     heading = ("device", "case", "candidate", "µs", "p20", "p80", "GB/s", "of fill", "error", "goal")
     for device in usable_devices(options.device):
         rows: list[tuple[str, ...]] = []

@@ -11,8 +11,8 @@ usage: bench/device.sh [STAGE ...] [-- PYTEST ARGUMENTS]
              (cuda:sm_90a) into .device-cache, and fetch pure-Python wheels into .device-wheels
   assemble   on the developing machine: hand every row of .device-cache to ptxas, if it is installed
   tests      on the GPU machine: the tests marked cuda
-  bench      bench/dispatch.py and bench/gemv.py on cuda
-  sanitize   the conformance suite under compute-sanitizer memcheck
+  bench      the benches on cuda
+  sanitize   the conformance suite and the ops' tests under compute-sanitizer memcheck
   all        tests, bench and sanitize
 
 No stage: "tests bench" where there is a GPU, else "prepare assemble". `tests` and `bench` read rows from
@@ -26,6 +26,7 @@ TARGET=${TARGET:-cuda:sm_90a}
 ROWS=.device-cache
 WHEELS=.device-wheels
 LOGS=${OUT:-$(mktemp -d)}
+BENCHES=(dispatch gemv gemm dequantize norm)
 SUMMARY=()
 FAILED=0
 
@@ -52,7 +53,7 @@ run_pytest() { "$PYTHON" -m pytest -q -rfE -p no:cacheprovider --tb=short "$@"; 
 
 stage_prepare() {
     local folders stamp status=ok
-    mapfile -t folders < <(suites tests/msl tests/ops tests/formats tests/runtime)
+    mapfile -t folders < <(suites tests/msl tests/ops tests/formats tests/nn tests/runtime)
     mkdir -p -m 700 $ROWS $WHEELS
     # Every key holds the front end's digest: rows of another one can never be found again.
     stamp=$(frontend)
@@ -64,10 +65,7 @@ stage_prepare() {
     run_pytest -n auto -m 'not cuda' --precompile "$TARGET=$ROWS" "${folders[@]}" "$@" 2>&1 |
         tee "$LOGS/prepare.log" | tail -n 15 || status=FAIL
     step "Compiling the rows of the benches and of the package"
-    local bench
-    for bench in dispatch gemv; do
-        [ ! -e bench/$bench.py ] || "$PYTHON" bench/$bench.py --precompile "$TARGET=$ROWS" || status=FAIL
-    done
+    "$PYTHON" bench/dispatch.py --precompile "$TARGET=$ROWS" || status=FAIL # the others time the package's rows
     "$PYTHON" -m metal_marlin compile --target "$TARGET" --out $ROWS || status=FAIL
     step "Fetching wheels (used where the GPU machine's own packages are missing or too old)"
     "$PYTHON" -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
@@ -162,7 +160,7 @@ PY
 
 stage_tests() {
     local folders status=ok
-    mapfile -t folders < <(suites tests/msl tests/ops tests/formats tests/runtime)
+    mapfile -t folders < <(suites tests/msl tests/ops tests/formats tests/nn tests/runtime)
     step "Tests on the GPU: ${folders[*]}"
     run_pytest -m cuda --junitxml="$LOGS/tests.xml" "${folders[@]}" "$@" 2>&1 | tee "$LOGS/tests.log" | tail -n 80 ||
         status=FAIL
@@ -171,8 +169,7 @@ stage_tests() {
 
 stage_bench() {
     local name status
-    for name in dispatch gemv; do
-        [ -e bench/$name.py ] || continue
+    for name in "${BENCHES[@]}"; do
         step "bench/$name.py"
         status=ok
         "$PYTHON" bench/$name.py --device cuda 2>&1 | tee "$LOGS/bench-$name.log" || status=FAIL
@@ -200,10 +197,10 @@ stage_sanitize() {
         note sanitize ABSENT "no compute-sanitizer on this machine"
         return
     fi
-    step "$("$tool" --version | grep -i version | head -n 1): memcheck over tests/msl"
+    step "$("$tool" --version | grep -i version | head -n 1): memcheck over tests/msl and tests/ops"
     # Without torch's caching allocator every tensor is an allocation of its own, with bounds that memcheck sees.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool memcheck --error-exitcode 9 --log-file "$LOGS/memcheck.log" \
-        "$PYTHON" -m pytest -q -rfE -p no:cacheprovider --tb=short -m cuda tests/msl "$@" 2>&1 |
+        "$PYTHON" -m pytest -q -rfE -p no:cacheprovider --tb=short -m cuda tests/msl tests/ops "$@" 2>&1 |
         tee "$LOGS/sanitize.log" | tail -n 30 || status=FAIL
     head -n 60 "$LOGS/memcheck.log" || true
     grep -q 'ERROR SUMMARY: 0 errors' "$LOGS/memcheck.log" || status=FAIL

@@ -2,14 +2,12 @@
 
     python bench/gemm.py [--device cuda] [--dtype half bf16 f32] [--format fp4 int4] [--tokens 16 128 512 4096]
                          [--shapes large smollm2 4096x14336] [--group 128] [--kernel marlin_gemm_fp4_single_stage]
-                         [--precompile cuda:sm_90a=DIR]
 
 Correctness comes first, on the data that is timed. A shape is NxK or the name of a model's shapes. `linear` is what
-users call; up to 64 tokens the matrix-vector kernel is timed too: where the two cross is what FEW_TOKENS of
-ops/linear.py should say. `dense` is torch.matmul with dequantised weights, `torch int4` torch._weight_int4pack_mm in
-bfloat16. --tiles times every row with asynchronous copies that suits the tokens. Buffers rotate past the last-level
-cache; on NVIDIA GPUs the launches are a CUDA graph's. --precompile only compiles the kernels used here into DIR, for a
-machine without a compiler that has METAL_MARLIN_ROWS=DIR.
+users call; up to 128 tokens the matrix-vector kernel is timed too: where the two cross is what FEW_TOKENS of
+ops/linear.py should say. `dense` is torch.matmul with dequantised weights, `int4pack` torch's own int4 product in
+bfloat16. --tiles times every tile that suits the tokens. Buffers rotate past the last-level cache; on NVIDIA GPUs the
+launches are a CUDA graph's.
 """
 
 from __future__ import annotations
@@ -31,30 +29,13 @@ from common import (
     usable_devices,
 )
 
-from metal_marlin import MetalKernelLibrary
 from metal_marlin.formats import CODECS, codec
-from metal_marlin.msl.target import Target
-from metal_marlin.ops import linear_decode, marlin_gemm
 from metal_marlin.ops.linear import linear
-from metal_marlin.ops.marlin_gemm import CASES, Case
-from metal_marlin.runtime.cache import RowCache
+from metal_marlin.ops.marlin_gemm import CASES, TILES, Case, has_tiles
 
 DTYPES = {"half": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 LIMITS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
 GOAL = {"cpu": 0.5, "cuda": 0.3}  # share of dense at 128 tokens and more; the second without wgmma
-
-
-def precompile(option: str, formats: list[str], dtypes: list[str]) -> None:
-    """Compile the rows of both families for TARGET into DIR: these formats and dtypes, scales in the same dtype."""
-    text, _, folder = option.partition("=")
-    for family in (marlin_gemm.FAMILY, linear_decode.FAMILY):
-        library = MetalKernelLibrary(family, target=Target.parse(text), cache=RowCache(folder))
-        for name in library.kernels:
-            base, _, keys = name.partition("__")
-            dtype = next((key[1:] for key in keys.split("_") if key.startswith("t")), "half")
-            scaled = any(key.startswith("s") for key in keys.split("_"))
-            if dtype in dtypes and not scaled and any(f"_{form}" in base for form in formats):
-                library.compile(name)
 
 
 def shapes(asked: list[str]) -> list[Case]:
@@ -70,10 +51,10 @@ def shapes(asked: list[str]) -> list[Case]:
 
 
 def tiles(case: Case) -> list[str]:
-    """Rows with asynchronous copies whose tiles are not much too large or too small."""
-    if not marlin_gemm.has_async(case.dtype, case.scales_in, case.format):
+    """Rows whose tiles are not much too large or too small."""
+    if not has_tiles(case.dtype, case.scales_in, case.format):
         return []
-    return [f"marlin_gemm_{case.format}{v}__m{m}" for v, m in marlin_gemm.ASYNC if case.M / 4 <= m <= 4 * case.M]
+    return [f"marlin_gemm_{case.format}__m{t}" for t in TILES.values() if case.M / 4 <= t.tokens <= 4 * case.M]
 
 
 def group_of(name: str, group: int) -> int:
@@ -106,7 +87,7 @@ def candidates(case: Case, device: str, sets: int, kernels: list[str]) -> tuple[
             error = max(error, require_correct(f"{case} {name}", outs[i], wanted, LIMITS[case.dtype]))
     peer = int4_peer(case, data)
     if peer is not None:
-        found["torch int4"] = peer
+        found["int4pack"] = peer
     found["dense"] = lambda i: torch.matmul(data[i][0], dense[i % len(dense)].T, out=outs[i])
     return found, error
 
@@ -138,7 +119,7 @@ def measure(case: Case, device: str, kernels: list[str]) -> list[tuple[str, ...]
         times = host_times(calls, device, inner=inner, rounds=15, sets=sets)
     rows: list[tuple[str, ...]] = []
     for name, t in times.items():
-        dense = name in ("dense", "torch int4")
+        dense = name in ("dense", "int4pack")
         save("gemm", str(case), name, t, device, operations=operations, error=None if dense else error)
         share = times["dense"].median / t.median
         goal = None if dense or case.M < 128 else GOAL.get(device.partition(":")[0])
@@ -158,11 +139,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--kernel", nargs="+", default=[], help="variants to time as well")
     parser.add_argument("--tiles", action="store_true", help="time every tile with asynchronous copies")
-    parser.add_argument("--precompile", metavar="TARGET=DIR", help="only compile for TARGET into DIR")
     options = parser.parse_args()
-    if options.precompile:
-        precompile(options.precompile, options.format, options.dtype or ["half"])
-        return
     heading = ("case", "candidate", "µs", "p20", "p80", "TFLOP/s", "of dense", "error", "goal")
     for device in usable_devices(options.device):
         rows: list[tuple[str, ...]] = []
@@ -174,7 +151,7 @@ def main() -> None:
                         group = group_of(name, options.group)
                         case = Case(tokens, shape.N, shape.K, group, DTYPES[dtype], None, name, zeros, shape.model)
                         kernels = [f"marlin_gemm_{name}", *(k for k in options.kernel if f"_{name}" in k)]
-                        kernels += [f"decode_gemv_{name}_batched"] if tokens <= 64 else []
+                        kernels += [f"decode_gemv_{name}_batched"] if tokens <= 128 else []
                         kernels += tiles(case) if options.tiles else []
                         rows += measure(case, device, kernels)
         table(device, [heading, *rows])

@@ -1,9 +1,8 @@
 """Norms and gated activations: microseconds and GB/s against torch's own.
 
-    python bench/norm.py [--device cuda] [--precompile cuda:sm_90a=DIR]
+    python bench/norm.py [--device cuda]
 
-Correctness comes first, on the data that is timed. Bytes are those of inputs and outputs, each once. --precompile only
-compiles the kernels into DIR, for a machine without a compiler that has METAL_MARLIN_ROWS=DIR.
+Correctness comes first, on the data that is timed. Bytes are those of inputs and outputs, each once.
 """
 
 from __future__ import annotations
@@ -26,22 +25,10 @@ from common import (
     usable_devices,
 )
 
-from metal_marlin import MetalKernelLibrary
-from metal_marlin.msl.target import Target
 from metal_marlin.ops import activation, norm
-from metal_marlin.runtime.cache import RowCache
 
 LIMITS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
 Named = tuple[str, str, int, Callable[[int], torch.Tensor], Callable[[int], torch.Tensor], torch.Tensor]
-
-
-def precompile(option: str) -> None:
-    """Compile every row of both families for TARGET into DIR."""
-    text, _, folder = option.partition("=")
-    for family in (norm.FAMILY, activation.FAMILY):
-        library = MetalKernelLibrary(family, target=Target.parse(text), cache=RowCache(folder))
-        for name in library.kernels:
-            library.compile(name)
 
 
 def norms(device: str) -> list[Named]:
@@ -101,11 +88,7 @@ def measure(item: Named, device: str, ceiling: float) -> list[tuple[str, ...]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; all that work here by default")
-    parser.add_argument("--precompile", metavar="TARGET=DIR", help="only compile for TARGET into DIR")
     options = parser.parse_args()
-    if options.precompile:
-        precompile(options.precompile)
-        return
     heading = ("device", "case", "candidate", "µs", "p20", "p80", "GB/s", "of copy")
     for device in usable_devices(options.device):
         ceiling = copy_ceiling(device)

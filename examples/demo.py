@@ -23,11 +23,13 @@ from smollm2 import source_model
 from metal_marlin.cli.console import size
 from metal_marlin.cli.models import Reply, load, memory, prompt_tokens, reply_to
 from metal_marlin.integrations.replace import dequantize_linear_layers, replace_linear_layers
+from metal_marlin.integrations.transformers.fusion import fuse
+from metal_marlin.nn.linear import QuantLinear
 from metal_marlin.quant.evaluate import evaluate
 from metal_marlin.runtime.counters import counters, reset_counters
 
 TEXT = Path(__file__).parent / "pride_and_prejudice.txt"
-PRESETS = {"int8 g64": "int8", "fp4 g64, lm_head int8": "fp4", "default preset: and v, down int8": "default"}
+PRESETS = {"int8 g64": "int8", "fp4 g64, lm_head int8": "fp4", "default: v and down int8 too": "default"}
 TOLERANCE = 0.005  # of the perplexity, between our kernels and the decoded weights in torch
 LINEAR = ("decode_gemv", "marlin_gemm")  # how kernels of the linear op begin
 console = Console(highlight=False)
@@ -53,6 +55,12 @@ def linear_launches(counts: Counter[str]) -> int:
     return sum(count for name, count in counts.items() if name.startswith(LINEAR))
 
 
+def linear_kernels(model: torch.nn.Module) -> tuple[int, int]:
+    """Linear layers with quantised weights, and launches that a forward makes for them: one a group of fused layers."""
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    return len(layers), len({id(layer.group or layer) for layer in layers})
+
+
 def counted(model: torch.nn.Module) -> Counter[str]:
     """Forwards of a model from now on, under "forwards"."""
     calls: Counter[str] = Counter()
@@ -72,9 +80,11 @@ def quality(model: Any, tokenizer: Any) -> bool:
     for name, preset in PRESETS.items():
         ours = copy.deepcopy(model)
         replace_linear_layers(ours, preset=preset)
+        decoded = copy.deepcopy(ours)
+        dequantize_linear_layers(decoded)
+        torch_only = evaluate(decoded, ids).perplexity
+        fuse(ours)
         found, used = evaluate(ours, ids, original=model), memory(ours)
-        dequantize_linear_layers(ours)
-        torch_only = evaluate(ours, ids).perplexity
         right &= abs(found.perplexity / torch_only - 1) <= TOLERANCE
         change = f"{found.perplexity / source - 1:+.1%}"
         table.add_row(name, size(used), f"{found.perplexity:.2f}", change, f"{found.kl:.3f}", f"{torch_only:.2f}")
@@ -103,7 +113,9 @@ def main() -> int:
 
     model, tokenizer = load(str(source_model()), dtype="float32")
     ours = copy.deepcopy(model)
-    layers = len(replace_linear_layers(ours, preset="default").layers)
+    replace_linear_layers(ours, preset="default")
+    fuse(ours)
+    layers, kernels = linear_kernels(ours)
     before = answer(model, tokenizer, "float32, transformers", options.prompt, options.tokens)
     calls = counted(ours)
     reset_counters()
@@ -114,10 +126,11 @@ def main() -> int:
     print(f"decode: {before.decode_rate:.1f} -> {after.decode_rate:.1f} tokens/s ({ratio:.2f} x, in this run)")
     print(f"weights: {size(memory(model))} -> {size(memory(ours))}")
     right = quality(model, tokenizer)
-    launched, expected = linear_launches(counts), layers * calls["forwards"]
+    launched, expected = linear_launches(counts), kernels * calls["forwards"]
     for name, count in counts.most_common():
         print(f"{count:8d}  {name}")
-    print(f"{launched} launches of linear kernels; {layers} layers x {calls['forwards']} forwards = {expected}")
+    print(f"{layers} linear layers in {kernels} launches a forward: those of one input and format run together")
+    print(f"{launched} launches of linear kernels; {kernels} x {calls['forwards']} forwards = {expected}")
     if not right:
         print(f"WRONG: a perplexity differs from that of the decoded weights by more than {TOLERANCE:.1%}")
     if launched != expected:

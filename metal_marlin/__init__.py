@@ -9,8 +9,12 @@ from metal_marlin._version import __version__
 
 if TYPE_CHECKING:
     from metal_marlin.integrations.replace import replace_linear_layers
+    from metal_marlin.nn.linear import QuantLinear
+    from metal_marlin.ops.activation import gated_activation
+    from metal_marlin.ops.dequantize import dequantize
     from metal_marlin.ops.linear import linear
     from metal_marlin.ops.linear_decode import linear_decode
+    from metal_marlin.ops.norm import layer_norm, rms_norm, rms_norm_residual
     from metal_marlin.quant.rtn import quantize
     from metal_marlin.quant.tensor import QuantizedTensor
     from metal_marlin.runtime.device_mps import mps_tensor_to_metal_buffer
@@ -24,26 +28,38 @@ _HOMES = {
     "get_shader_source": "metal_marlin.runtime.library",
     "dispatch_kernel": "metal_marlin.runtime.dispatch",
     "metal_kernel": "metal_marlin.runtime.inline",
+    "QuantLinear": "metal_marlin.nn.linear",
     "QuantizedTensor": "metal_marlin.quant.tensor",
+    "dequantize": "metal_marlin.ops.dequantize",
+    "gated_activation": "metal_marlin.ops.activation",
+    "layer_norm": "metal_marlin.ops.norm",
     "linear": "metal_marlin.ops.linear",
     "linear_decode": "metal_marlin.ops.linear_decode",
     "quantize": "metal_marlin.quant.rtn",
+    "rms_norm": "metal_marlin.ops.norm",
+    "rms_norm_residual": "metal_marlin.ops.norm",
     "replace_linear_layers": "metal_marlin.integrations.replace",
     "mps_tensor_to_metal_buffer": "metal_marlin.runtime.device_mps",
 }
 
 __all__ = [
     "MetalKernelLibrary",
+    "QuantLinear",
     "QuantizedTensor",
     "__version__",
+    "dequantize",
     "dispatch_kernel",
+    "gated_activation",
     "get_shader_source",
+    "layer_norm",
     "linear",
     "linear_decode",
     "metal_kernel",
     "mps_tensor_to_metal_buffer",
     "quantize",
     "replace_linear_layers",
+    "rms_norm",
+    "rms_norm_residual",
 ]
 
 

@@ -379,6 +379,85 @@ def test_eval_against_itself(tiny_model: str, tmp_path: Path) -> None:
     assert found["perplexity"] == pytest.approx(11, rel=0.3)  # a model that knows nothing of 11 words
 
 
+def test_quantize_then_eval_and_generate(tiny_model: str, tmp_path: Path) -> None:
+    """What quantize wrote is what replace_linear_layers computes, and every command takes it."""
+    import transformers
+
+    from metal_marlin.integrations.replace import dequantize_linear_layers, replace_linear_layers
+
+    target = tmp_path / "small"
+    arguments = ["quantize", tiny_model, str(target), "--format", "int8", "--group-size", "32"]
+    result = call(*arguments, "--per-layer", "down_proj=fp4:64", "--all")
+    assert result.exit_code == 0, result.output
+    assert "fp4 g64" in result.output
+    assert "int8 g32" in result.output
+    assert call(*arguments).exit_code == 1  # exists
+    assert call(*arguments, "--force").exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]  # nothing left beside it
+    assert call(*arguments, "--force", "--per-layer", "down_proj=fp4:64").exit_code == 0
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    replace_linear_layers(plain, "int8", 32, per_layer={"down_proj": "fp4:64"})
+    dequantize_linear_layers(plain)
+    plain.save_pretrained(tmp_path / "decoded")
+    transformers.AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "decoded")
+    text = tmp_path / "text"
+    text.write_text("the cat sat on a mat and the dog ran " * 3)
+    result = call("eval", str(target), "--text", str(text), "--against", str(tmp_path / "decoded"), "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["kl"] == pytest.approx(0, abs=1e-6)
+    result = call("generate", str(target), "the cat", "--tokens", "3", "--json")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--format", "int8", "--preset", "default"], "not both"),
+        (["--group-size", "32", "--preset", "default"], "not both"),
+        (["--per-layer", "down_proj"], "PATTERN=FORMAT"),
+        (["--format", "int9"], "int9"),
+    ],
+)
+def test_quantize_refuses(tiny_model: str, tmp_path: Path, more: list[str], said: str) -> None:
+    result = call("quantize", tiny_model, str(tmp_path / "small"), *more)
+    assert result.exit_code == 1
+    assert said in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_import_of_what_is_no_known_layout(tiny_model: str, tmp_path: Path) -> None:
+    result = call("import", tiny_model, str(tmp_path / "made"))
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_chat_ends_with_an_empty_line(tiny_model: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "metal_marlin", "chat", tiny_model, "--tokens", "3"],
+        input="the cat\n\n", capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stderr
+    assert done.stdout.strip()
+
+
+def test_bench_times_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from metal_marlin.cli import bench
+    from metal_marlin.ops import linear_decode
+
+    small = [case for case in linear_decode.CASES if not case.model][:2]
+    spec = OpSpec("linear_decode", linear_decode.FAMILY, linear_decode.linear_decode_ref, small)
+    monkeypatch.setattr(bench, "op_specs", lambda: [spec])
+    path = tmp_path / "rows.csv"
+    result = call("bench", "--op", "linear_decode", "--seconds", "0.01", "--json", "--save", str(path))
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    assert [row["case"] for row in rows] == [str(case) for case in small]
+    assert all(row["median_us"] > 0 and row["error"] < 0.01 for row in rows)
+    assert len(path.read_text().splitlines()) == 3
+
+
 def test_a_folder_that_is_missing_is_one_line() -> None:
     result = call("generate", "./nowhere", "x")
     assert result.exit_code == 1

@@ -100,6 +100,20 @@ def test_every_linear_runs_in_our_kernels(example: Any) -> None:
         assert (y - expected).norm() <= 1e-4 * expected.norm()
 
 
+def test_fused_layers_are_one_launch(example: Any) -> None:
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                setattr(self, name, torch.nn.Linear(64, 64, bias=False))
+
+    model = torch.nn.Sequential(Attention(), Attention())
+    replace_linear_layers(model, "fp4", 64, per_layer={"v_proj": "int8:64"})
+    assert example("demo").linear_kernels(model) == (8, 8)
+    importlib.import_module("metal_marlin.integrations.transformers.fusion").fuse(model)
+    assert example("demo").linear_kernels(model) == (8, 6)
+
+
 def test_linear_launches_leaves_other_kernels_out(example: Any) -> None:
     counts = Counter({"decode_gemv_fp4": 3, "marlin_gemm_int8": 2, "rms_norm": 7})
     assert example("demo").linear_launches(counts) == 5

@@ -350,6 +350,20 @@ def bench(
     command.run(op, device, seconds, json, save)
 
 
+@app.command()
+def selftest(
+    device: Device = "cpu",
+    op: Annotated[list[str] | None, typer.Option(help="Only this op. Repeat.")] = None,
+    report: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the report to a file.")] = None,
+    checked: Annotated[bool, typer.Option("--checked", help="On the cpu with every access checked; slow.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Compare the small cases of every op with float64 and print a report for an issue. Exits with 1 on a failure."""
+    from metal_marlin.cli import selftest as command
+
+    raise typer.Exit(command.run(device, op or [], report, json, checked))
+
+
 def main() -> None:
     """Entry point of the ``metal-marlin`` script."""
     app()

@@ -30,7 +30,7 @@ kernel void smoke(device const float* x, device float* y, constant float& a, uin
 def run(*, as_json: bool) -> int:
     """Exit status: 1 when no device runs the smoke kernel."""
     devices = [_device(kind) for kind in kinds()]
-    report = {"versions": _versions(), "compiler": _compiler(), "cache": _cache(), "devices": devices}
+    report = {"versions": versions(), "compiler": compiler(), "cache": _cache(), "devices": devices}
     if as_json:
         print_json(report)
     else:
@@ -38,7 +38,7 @@ def run(*, as_json: bool) -> int:
     return 0 if any(device["status"] == "PASS" for device in devices) else 1
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     return {
         "metal-marlin": __version__,
         "python": platform.python_version(),
@@ -51,7 +51,7 @@ def _result(reason: str | None, **details: Any) -> dict[str, Any]:
     return {"status": "PASS" if reason is None else "FAIL", "reason": reason, **details}
 
 
-def _compiler() -> dict[str, Any]:
+def compiler() -> dict[str, Any]:
     try:
         compiler = find_compiler()
     except MetalMarlinError as error:

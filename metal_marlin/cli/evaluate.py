@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from metal_marlin.cli.console import print_json, print_table
 from metal_marlin.cli.models import load
+from metal_marlin.errors import ArgumentError
 from metal_marlin.quant.evaluate import evaluate
 
 
@@ -19,9 +20,13 @@ def run(
     model: str, text: Path, against: str | None, tokens: int, window: int, stride: int, device: str, as_json: bool
 ) -> None:
     """Print perplexity of ``model`` on ``text``, and how far it is from the model ``against``."""
+    try:
+        words = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"--text {text}: not UTF-8 at byte {error.start}") from None
     ours, tokenizer = load(model, device)
     original = load(against, device)[0] if against else None
-    ids = torch.tensor(tokenizer(text.read_text(encoding="utf-8"))["input_ids"])
+    ids = torch.tensor(tokenizer(words)["input_ids"])
     if tokens:
         ids = ids[:tokens]
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:

@@ -43,10 +43,16 @@ def lint_file(path: Path, *, torch_rules: bool) -> list[LintFinding]:
     )
 
 
+def _is_plain(name: str) -> bool:
+    """Whether a row's name says no more than its dtype: scales and zeros take no threadgroup memory."""
+    keys = name.partition("__")[2]
+    return not keys or (keys.startswith("t") and "_" not in keys)
+
+
 def measured(path: Path, *, every_row: bool) -> list[LintFinding]:
-    """Threadgroup memory of the file's rows as the compiler lays it out, 32 lanes; by default of one row a kernel."""
+    """Threadgroup memory of the file's rows as the compiler lays it out, 32 lanes; of a row a kernel and dtype."""
     library = MetalKernelLibrary(path, target=Target.parse("cpu:x86-64-v3"), lanes=32, include_dirs=[path.parent])
-    names = [name for name in library.kernels if every_row or "__" not in name]
+    names = [name for name in library.kernels if every_row or _is_plain(name)]
     with ThreadPoolExecutor(max_workers=2) as pool:
         rows = track(
             pool.map(library.compile, names), f"measuring {path.name}", len(names), console=console, transient=True

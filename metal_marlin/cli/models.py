@@ -31,7 +31,7 @@ def load(model: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any
     try:
         tokenizer = library.AutoTokenizer.from_pretrained(model)
         loaded = library.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ArgumentError(f"{model}: {str(error).strip().splitlines()[0]}") from None
     return loaded.to(device).eval(), tokenizer
 
@@ -143,7 +143,7 @@ def reply_to(
         torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature}
     ids = ids.to(model.device)
-    with torch.inference_mode():
+    with torch.no_grad():
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

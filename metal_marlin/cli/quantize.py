@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.progress import Progress
 from metal_marlin.cli.console import console, print_table, size
 from metal_marlin.cli.models import load
 from metal_marlin.errors import ArgumentError
+from metal_marlin.formats import codec
 from metal_marlin.integrations.replace import Report, replace_linear_layers
 
 _WORST = 12  # layers shown
@@ -30,13 +30,17 @@ def run(
     every: bool,
 ) -> None:
     """Quantise a model folder into another. Raises ArgumentError; the target appears when it is complete."""
-    if preset is not None and format is not None:
-        raise ArgumentError("give --preset or --format, not both")
+    if preset is not None and (format is not None or group_size is not None):
+        raise ArgumentError("give --preset, or --format and --group-size, not both")
+    if format is not None:
+        codec(format)
     if target.exists() and not force:
         raise ArgumentError(f"{target} exists; --force replaces it")
     rules = dict(_rule(text) for text in per_layer)
     model, tokenizer = load(source)
-    chosen: dict[str, Any] = {"format": format, "group_size": group_size} if format else {"preset": preset or "default"}
+    chosen: dict[str, Any] = {"preset": preset or "default"}
+    if format is not None or group_size is not None:
+        chosen = {"format": format or "fp4", "group_size": group_size}
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("quantising")
         report = replace_linear_layers(
@@ -46,7 +50,7 @@ def run(
             progress=lambda done, of, name: progress.update(task, completed=done, total=of, description=name),
             **chosen,
         )
-    _save(model, tokenizer, target, {**chosen, "per_layer": rules, "scale": scale}, report)
+    _save(model, tokenizer, target)
     _show(report, every)
     console.print(f"{target}: linear layers {size(report.bytes_before)} -> {size(report.bytes_after)}", markup=False)
 
@@ -71,23 +75,20 @@ def _rule(text: str) -> tuple[str, str]:
     return pattern, spec
 
 
-def _save(model: Any, tokenizer: Any, target: Path, chosen: dict[str, Any], report: Report) -> None:
-    from metal_marlin.integrations.transformers.config import MetalMarlinConfig
-    from metal_marlin.integrations.transformers.quantizer import MetalMarlinQuantizer, untie
-
-    config = MetalMarlinConfig(**chosen)
-    if any(layer.name == "lm_head" for layer in report.layers):
-        untie(model)
-    model.hf_quantizer = MetalMarlinQuantizer(config, pre_quantized=True)
-    model.config.quantization_config = config
+def _save(model: Any, tokenizer: Any, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as made:
         folder = Path(made) / "model"
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        if target.exists():
-            shutil.rmtree(target)
-        folder.rename(target)
+        if target.exists():  # goes with the temporary folder, once the new one is in its place
+            target.rename(Path(made) / "old")
+        try:
+            folder.rename(target)
+        except OSError:
+            if (Path(made) / "old").exists():
+                (Path(made) / "old").rename(target)
+            raise
 
 
 def _show(report: Report, every: bool) -> None:

@@ -139,6 +139,14 @@ class Codec:
         if not parts:
             parts.append(self._encode_rows(weight, group_size, scale_dtype, zeros, method, tensor_scale))
         codes, scales, extra = (torch.cat([p[i] for p in parts]) for i in range(3))
+        if self.scale_kind == "float" and weight.numel():
+            largest, least = weight.abs().max(), 4 * torch.finfo(scale_dtype).smallest_normal
+            least *= torch.finfo(scale_dtype).eps  # a subnormal of two bits
+            if largest > 0 and scales.max() < least:
+                raise ArgumentError(
+                    f"weight: largest value {largest:g} needs a scale below {least:g}, which {scale_dtype} would round "
+                    f"away: pass scale_dtype=torch.float32 or torch.bfloat16"
+                )
         if zeros == "packed":
             padding = -extra.shape[1] % self.per_word
             extra = self.pack(torch.nn.functional.pad(extra.to(torch.uint8), (0, padding)))
@@ -189,8 +197,11 @@ class Codec:
         else:
             inside = torch.ones((), dtype=torch.bool, device=weight.device)
         scales, offsets = self._scales(exact, 1.0, scale_dtype, zeros, tensor_scale)
-        if self.scale_kind == "float" and not bool(torch.isfinite(scales).all()):
-            raise ArgumentError(f"weight: largest value {weight.abs().max():g} needs a scale beyond {scale_dtype}")
+        if self.scale_kind == "float" and not bool(torch.isfinite(scales).all() and torch.isfinite(offsets).all()):
+            raise ArgumentError(
+                f"weight: largest value {weight.abs().max():g} needs a scale or bias beyond {scale_dtype}: "
+                f"pass scale_dtype=torch.float32 or torch.bfloat16"
+            )
         if method == "mse":
             near, least = exact.float(), None
             for clip in CLIPS:
@@ -202,7 +213,7 @@ class Codec:
                     torch.where(better, new, old) for new, old in zip(tried, (scales, offsets), strict=True)
                 )
         codes = self.nearest(self._targets(exact, scales, offsets, zeros, tensor_scale)[0])
-        return self.pack(codes.view(N, -1)[:, :K]), scales, offsets
+        return self.pack(codes.view(N, count * group_size)[:, :K]), scales, offsets
 
     def _scales(
         self, grouped: torch.Tensor, clip: float, dtype: torch.dtype, zeros: str, tensor_scale: torch.Tensor | None

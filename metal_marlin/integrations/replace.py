@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -91,7 +92,8 @@ def replace_linear_layers(
     preset: a name of ``PRESETS``, in place of format and group_size. progress: called with (done, of, name).
     Patterns: globs of the dotted name or of its last parts ("v_proj", "layers.0.*"); "re:…" a regular expression.
     A weight shared with an embedding stays there as it is. Subclasses with a forward of their own, layers inside
-    nn.MultiheadAttention (which reads their weights) and other modules with matrices are listed as skipped.
+    nn.MultiheadAttention (which reads their weights) and other modules with matrices are listed as skipped. Hooks of
+    replaced layers go with them. A transformers model can be saved and loaded again afterwards, after ``register()``.
     Raises ArgumentError, before anything is replaced, where nothing would be, a ``per_layer`` pattern matches no layer
     or a format or group does not fit; a weight that is not finite is found on the way, and named.
     """
@@ -110,7 +112,12 @@ def replace_linear_layers(
             raise ArgumentError(f"{name}: weight is {weight.dtype} on {weight.device}; load the model first")
     specs = {name: _spec(name, layer, rules, base) for name, layer in linears.items()}
     if not specs:
-        raise ArgumentError(f"model: nothing to replace; skipped: {skipped or 'nothing'}")
+        ours = sum(isinstance(module, QuantLinear) for module in model.modules())
+        raise ArgumentError(
+            f"model: its {ours} linear layers are quantised already"
+            if ours
+            else f"model: nothing to replace; skipped: {skipped or 'nothing'}"
+        )
     report = Report(skipped=skipped)
     aliases: dict[int, list[str]] = {}
     for name, layer in linears.items():
@@ -121,7 +128,17 @@ def replace_linear_layers(
         report.layers.append(_replace(model, names, *specs[names[0]], scale))
         if progress is not None:
             progress(done + 1, len(aliases), names[0])
+    _tell_transformers(model)
     return report
+
+
+def _tell_transformers(model: nn.Module) -> None:
+    """So that ``save_pretrained`` writes what ``from_pretrained`` reads."""
+    library = sys.modules.get("transformers")
+    if library is not None and isinstance(model, library.PreTrainedModel):
+        from metal_marlin.integrations.transformers.quantizer import attach
+
+        attach(model)
 
 
 def layer_specs(
@@ -149,6 +166,8 @@ def dequantize_linear_layers(model: nn.Module, dtype: torch.dtype = torch.float3
             made[id(layer)] = plain.train(layer.training)
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, made[id(layer)])
+    if made:
+        _tell_transformers(model)
     return len(made)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -15,9 +16,10 @@ class LinearGroup:
     """Several QuantLinear layers, such as q, k and v projections, over one weight: theirs along N.
 
     The layers stay where they are and keep their names, but their buffers become views of the group's. The first layer
-    that is called with an input computes all; the others take their part when they are called with the same tensor.
-    A layer that is moved or loaded anew leaves the group by itself. Raises ArgumentError for layers with biases and
-    where formats, group sizes, zeros or inputs differ.
+    that is called with an input computes all; the others take their part when they are called with the same tensor in
+    the same thread, and neither it nor the weights have changed. Tensors of inference mode do not say whether they
+    have: of them each layer computes its own part. A layer that is moved, copied or loaded anew leaves the group.
+    Raises ArgumentError for layers with biases and where formats, group sizes, zeros or inputs differ.
     """
 
     def __init__(self, layers: Sequence[QuantLinear]) -> None:
@@ -28,26 +30,37 @@ class LinearGroup:
         whole = cat([layer.quantized() for layer in layers])
         self.whole = QuantLinear(whole)
         self.sizes = [layer.out_features for layer in layers]
-        self._members = [id(layer) for layer in layers]
-        self._input: torch.Tensor | None = None
-        self._version = -1
-        self._parts: dict[int, torch.Tensor] = {}
+        self._waiting = _Waiting()
         first = 0
-        for layer, size in zip(layers, self.sizes, strict=True):
+        for slot, (layer, size) in enumerate(zip(layers, self.sizes, strict=True)):
             part = whole[first : first + size]
             for field, name in NAMES.items():
                 layer._buffers[name] = getattr(part, field)
-            layer.group = self
+            layer.group, layer.slot = self, slot
             first += size
 
     def take(self, layer: QuantLinear, x: torch.Tensor) -> torch.Tensor:
         """The layer's output for x."""
-        version = -1 if x.is_inference() else x._version  # which inference tensors do not keep
-        if self._input is not x or self._version != version or id(layer) not in self._parts:
-            parts = self.whole(x).split(self.sizes, -1)
-            self._parts = dict(zip(self._members, parts, strict=True))
-            self._input, self._version = x, version
-        y = self._parts.pop(id(layer))
-        if not self._parts:
-            self._input = None  # nothing is kept between steps
+        if x.is_inference():
+            return layer.alone(x)
+        waiting, versions = self._waiting, (x._version, *self._versions())
+        if waiting.x is not x or waiting.versions != versions or layer.slot not in waiting.parts:
+            waiting.parts = dict(enumerate(self.whole(x).split(self.sizes, -1)))
+            waiting.x, waiting.versions = x, versions
+        y = waiting.parts.pop(layer.slot)
+        if not waiting.parts:
+            waiting.x = None  # nothing is kept between steps
         return y
+
+    def _versions(self) -> tuple[int, ...]:
+        tensors = (self.whole._buffers[name] for name in NAMES.values())
+        return tuple(t._version for t in tensors if t is not None and not t.is_inference())
+
+
+class _Waiting(threading.local):
+    """Parts of the output for x that layers have not yet taken, by slot; of one thread."""
+
+    def __init__(self) -> None:
+        self.x: torch.Tensor | None = None
+        self.versions: tuple[int, ...] = ()
+        self.parts: dict[int, torch.Tensor] = {}

@@ -24,6 +24,9 @@ class QuantLinear(nn.Module):
     Moves between devices; ``.half()`` and ``.to(dtype)`` change the bias alone.
     """
 
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_extra: torch.Tensor | None
     bias: torch.Tensor | None
 
     def __init__(self, weight: QuantizedTensor, bias: torch.Tensor | None = None) -> None:
@@ -35,6 +38,7 @@ class QuantLinear(nn.Module):
         self.format, self.group_size, self.zeros = weight.format, weight.group_size, weight.zeros
         self._padding = weight.padded - self.in_features
         self.group: LinearGroup | None = None  # layers of the same input that are computed together
+        self.slot = 0  # the layer's place in it
         self.register_buffer("weight", weight.codes)
         self.register_buffer("weight_scale", weight.scales)
         self.register_buffer("weight_extra", weight.extra)
@@ -55,11 +59,15 @@ class QuantLinear(nn.Module):
         return made.train(layer.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        buffers = self._buffers  # an attribute of a module is a search through three dictionaries
         if x.shape[-1] != self.in_features:
             raise ArgumentError(f"QuantLinear: x has K = {x.shape[-1]}, the weight has K = {self.in_features}")
         if self.group is not None and not torch.compiler.is_compiling():
             return self.group.take(self, x)
+        return self.alone(x)
+
+    def alone(self, x: torch.Tensor) -> torch.Tensor:
+        """``forward``, whatever group the layer belongs to."""
+        buffers = self._buffers  # an attribute of a module is a search through three dictionaries
         if self._padding:
             x = nn.functional.pad(x, (0, self._padding))
         elif not x.is_contiguous():
@@ -89,6 +97,14 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, "
             f"format={self.format!r}, group_size={self.group_size}{zeros}"
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: the weight without the group, which ``fuse`` makes anew."""
+        state = self.__dict__.copy()
+        if self.group is not None:
+            state["group"] = None
+            state["_buffers"] = {name: None if t is None else t.clone() for name, t in self._buffers.items()}
+        return state
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
         self.group = None  # whose memory the buffers no longer are

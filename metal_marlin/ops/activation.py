@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from metal_marlin.errors import ArgumentError
+from metal_marlin.ops.gradient import differentiable
 from metal_marlin.ops.norm import KEYS
-from metal_marlin.ops.spec import OpSpec
+from metal_marlin.ops.spec import Check, OpSpec, worst
+from metal_marlin.ops.weights import library, plan_kind
 from metal_marlin.runtime.dispatch import dispatch_kernel
-from metal_marlin.runtime.library import MetalKernelLibrary
 
 FAMILY = "activation.metal"
 ACTIVATIONS = {
@@ -63,11 +64,6 @@ def plan(width: int, dtype: torch.dtype, device: str, activation: str) -> tuple[
     return (name, 4096, 1) if device == "cpu" else (name, 1024, 256)
 
 
-@functools.lru_cache(maxsize=16)
-def _library(device: str) -> MetalKernelLibrary:
-    return MetalKernelLibrary(FAMILY, device=device)
-
-
 @functools.lru_cache(maxsize=1024)
 def _shape(width: int, run: int) -> bytes:
     return struct.pack("=2q", width, run)
@@ -75,11 +71,11 @@ def _shape(width: int, run: int) -> bytes:
 
 def _run(kernel: str, x: torch.Tensor, activation: str, out: torch.Tensor) -> None:
     width = out.shape[-1]
-    name, run, threads = plan(width, x.dtype, x.device.type, activation)
+    name, run, threads = plan(width, x.dtype, plan_kind(x.device.type), activation)
     if out.numel() == 0:
         return
     dispatch_kernel(
-        _library(str(x.device)),
+        library(FAMILY, str(x.device)),
         f"{kernel}_{name}",
         threadgroups=(-(-width // run), out.numel() // width),
         threads_per_threadgroup=threads,
@@ -94,8 +90,12 @@ def activation_ref(x: torch.Tensor, activation: str = "silu") -> torch.Tensor:
 
 def gated_activation_ref(x: torch.Tensor, activation: str = "silu") -> torch.Tensor:
     """The meaning, in float64."""
-    gate, up = x.double().chunk(2, -1)
-    return activation_ref(gate, activation) * up
+    return _gated(x.double(), activation)
+
+
+def _gated(x: torch.Tensor, activation: str) -> torch.Tensor:
+    gate, up = x.chunk(2, -1)
+    return ACTIVATIONS[activation](gate) * up  # type: ignore[operator]
 
 
 def _halves(x: torch.Tensor) -> int:
@@ -150,8 +150,35 @@ torch.library.register_fake("metal_marlin::activation", lambda x, _: torch.empty
 torch.library.register_fake(
     "metal_marlin::gated_activation", lambda x, _: x.new_empty((*x.shape[:-1], _halves(x))), lib=_torch
 )
+differentiable("activation", lambda x, activation: ACTIVATIONS[activation](x), 1)  # type: ignore[operator]
+differentiable("gated_activation", _gated, 1)
+
+
+def _compare(op: str, case: Case, device: str) -> Check:
+    call, reference = (activation, activation_ref) if op == "activation" else (gated_activation, gated_activation_ref)
+    x = case.tensor(1 if op == "activation" else 2)
+    exact = reference(x, case.activation)
+    error = (call(x.to(device), case.activation).cpu().double() - exact).abs()
+    return worst(error, 2 * torch.finfo(case.dtype).eps * exact.abs() + 1e-5)
+
 
 OP = (
-    OpSpec("activation", FAMILY, activation_ref, CASES, "bench/norm.py", ("activation_*",)),
-    OpSpec("gated_activation", FAMILY, gated_activation_ref, CASES, "bench/norm.py", ("gated_activation_*",)),
+    OpSpec(
+        "activation",
+        FAMILY,
+        activation_ref,
+        CASES,
+        "bench/norm.py",
+        ("activation_*",),
+        lambda c, d, _: _compare("activation", c, d),
+    ),
+    OpSpec(
+        "gated_activation",
+        FAMILY,
+        gated_activation_ref,
+        CASES,
+        "bench/norm.py",
+        ("gated_activation_*",),
+        lambda c, d, _: _compare("gated_activation", c, d),
+    ),
 )

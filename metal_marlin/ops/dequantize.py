@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from metal_marlin.errors import ArgumentError
-from metal_marlin.formats import codec
-from metal_marlin.ops.spec import OpSpec
+from metal_marlin.formats import CODECS, codec
+from metal_marlin.ops.spec import Check, OpSpec, worst
+from metal_marlin.ops.weights import KEYS, library, on_16_bytes, plan_kind, random_weights, read_row, row_name
 from metal_marlin.runtime.dispatch import dispatch_kernel
-from metal_marlin.runtime.library import MetalKernelLibrary
 
 __all__ = ["CASES", "OP", "Case", "Plan", "all_codes", "all_codes_ref", "dequantize", "dequantize_ref", "plan"]
 
-KEYS = {torch.float16: "half", torch.bfloat16: "bf16", torch.float32: "f32"}
 FAMILIES = {"fp8_e4m3": "dequant_fp8.metal", "fp8_e5m2": "dequant_fp8.metal"}
 FAMILIES |= {"int8": "dequant_int8.metal", "uint8": "dequant_int8.metal"}
 _FOUR = "dequant.metal"
@@ -98,7 +97,7 @@ def plan(
     """
     form = codec(format)
     base = kernel or variants(format)[0]
-    row = _row(base, dtype, scale_dtype, format, zeros)
+    row = row_name("dequantize", base, variants(format), dtype, scale_dtype, format, zeros)
     way = _NAMED.get(format, {}).get(base, _Way())
     unit = max(1, 16 // (form.per_word * dtype.itemsize))  # words of a 16-byte store
     each = way.words or unit
@@ -121,21 +120,6 @@ def plan(
         return Plan(row, family, (-(-N * words // (256 * each)), 1), 256, 1, 32, fits)
     turn = 256 * way.turns * (each if fits else 1)
     return Plan(row, family, (-(-N * words // turn), 1), 256, 1, 32, fits)
-
-
-def _row(base: str, dtype: torch.dtype, scale_dtype: torch.dtype, format: str, zeros: str) -> str:
-    """The host name: kernel and keys."""
-    form = codec(format)
-    if base not in variants(format):
-        raise ArgumentError(f"dequantize: kernel is {base!r}; {format} has {', '.join(variants(format))}")
-    if dtype not in KEYS:
-        raise ArgumentError(f"dequantize: dtype is {dtype}; it is one of {', '.join(map(str, KEYS))}")
-    form.check_zeros(zeros)
-    keys = ["" if dtype == torch.float16 else f"t{KEYS[dtype]}"]
-    keys += [f"s{KEYS[scale_dtype]}"] if form.scale_kind == "float" and scale_dtype != dtype else []
-    keys += [f"z{zeros}"] if zeros != "none" else []
-    said = "_".join(filter(None, keys))
-    return f"{base}__{said}" if said else base
 
 
 def dequantize_ref(
@@ -182,19 +166,14 @@ def all_codes(kernel: str, device: str = "cpu") -> torch.Tensor:
         raise ArgumentError(f"kernel = {kernel!r}; there are {', '.join(_ALL_CODES)}")
     family, format = _ALL_CODES[kernel]
     values = torch.full((1 << codec(format).bits,), math.nan, device=device)
-    library = _library(family, device, 32)
-    dispatch_kernel(library, kernel, threads=len(values), threads_per_threadgroup=16, args=(values,))
+    rows = library(family, device, 32)
+    dispatch_kernel(rows, kernel, threads=len(values), threads_per_threadgroup=16, args=(values,))
     return values
 
 
 def all_codes_ref(kernel: str) -> torch.Tensor:
     """The meaning of ``all_codes``, in float64."""
     return torch.tensor(codec(_ALL_CODES[kernel][1]).values, dtype=torch.float64)
-
-
-@functools.lru_cache(maxsize=64)
-def _library(family: str, device: str, lanes: int) -> MetalKernelLibrary:
-    return MetalKernelLibrary(family, device=device, lanes=lanes)
 
 
 def _check(
@@ -224,20 +203,17 @@ def _run(
     N, K = _check(codes, scales, extra, format, zeros, group_size)
     if out.shape != (N, K):
         raise ArgumentError(f"dequantize: out has shape {tuple(out.shape)}; needs {(N, K)}")
-    kind = codes.device.type
-    stream = False
-    if kind == "mps":  # data_ptr() is a buffer object there
-        aligned = codes.storage_offset() % 4 == 0 and out.storage_offset() * out.element_size() % 16 == 0
-    else:
-        aligned = (codes.data_ptr() | out.data_ptr()) % 16 == 0
-        stream = out.numel() * out.itemsize >= _STREAM and (out.data_ptr() | K * out.itemsize) % 64 == 0
+    kind = plan_kind(codes.device.type)
+    aligned = on_16_bytes(codes, out)
+    # only read on the CPU
+    stream = kind == "cpu" and out.nbytes >= _STREAM and (out.data_ptr() | K * out.itemsize) % 64 == 0
     pool = torch.get_num_threads() if kind == "cpu" else 1
     p = plan(N, K, out.dtype, scales.dtype, kind, pool, kernel, format, zeros, aligned)
     if N == 0:
         return
     shape = {"N": N, "K": K, "group": group_size, "rows": p.rows, "aligned": int(p.aligned), "stream": int(stream)}
     dispatch_kernel(
-        _library(p.family, str(codes.device), p.lanes),
+        library(p.family, str(codes.device), p.lanes),
         p.kernel,
         threadgroups=p.threadgroups,
         threads_per_threadgroup=p.threads,
@@ -312,23 +288,8 @@ class Case:
     def tensors(self, device: str = "cpu", seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """codes, scales, extra: every code that is a number occurs, scales and zeros vary by group."""
         rng = torch.Generator().manual_seed(seed)
-        form = codec(self.format)
-        groups = form.groups_of(self.K, self.group)
-        finite = torch.tensor([i for i, v in enumerate(form.values) if math.isfinite(v)], dtype=torch.uint8)
-        words = form.pack(finite[torch.randint(0, len(finite), (self.N, self.K), generator=rng)])
-        size, other = (torch.rand(self.N, groups, generator=rng) for _ in range(2))
-        if form.scale_kind != "float":
-            scales = (118 + 5 * size if form.scale_kind == "e8m0" else 40 + 40 * size).to(torch.uint8)
-            extra = torch.tensor([0.003]) if form.scale_kind == "e4m3" else None
-        else:
-            scales = ((0.012 + 0.12 * size) / max(abs(form.values[i]) for i in finite.tolist())).to(self.scales_in)
-            extra = None if self.zeros == "none" else (other * (2**form.bits - 1)).to(scales.dtype)
-            if self.zeros == "bias":
-                extra = (-other).to(scales.dtype)
-            elif self.zeros == "packed":
-                padded = torch.nn.functional.pad(other * 2**form.bits, (0, -groups % form.per_word))
-                extra = form.pack(padded.to(torch.uint8))
-        return words.to(device), scales.to(device), None if extra is None else extra.to(device)
+        codes, scales, extra = random_weights(self.format, self.N, self.K, self.group, self.scales_in, self.zeros, rng)
+        return codes.to(device), scales.to(device), None if extra is None else extra.to(device)
 
 
 def _cases() -> list[Case]:
@@ -350,10 +311,39 @@ def _cases() -> list[Case]:
 
 CASES: tuple[Case, ...] = tuple(_cases())
 
+
+def _compare(case: Case, device: str, kernel: str | None) -> Check:
+    codes, scales, extra = case.tensors(device)
+    more = {"format": case.format, "zeros": case.zeros}
+    y = dequantize(
+        codes, scales, case.group, dtype=case.dtype, kernel=kernel or case.kernel, extra=extra, format=case.format,
+        zeros=case.zeros,
+    )  # fmt: skip
+    codes, scales, extra = case.tensors()
+    exact = dequantize_ref(codes, scales, case.group, extra=extra, **more)
+    largest = exact.abs().amax(-1, keepdim=True)
+    number = torch.finfo(case.dtype)
+    allowed = number.eps * exact.abs() + 2.0**-20 * largest + number.smallest_normal * number.eps
+    return worst((y.cpu().double() - exact).abs(), allowed)
+
+
+def _compare_codes(kernel: str, device: str, _: str | None) -> Check:
+    """Counts the codes whose numbers differ."""
+    y, exact = all_codes(kernel, device).cpu().double(), all_codes_ref(kernel)
+    return Check(float((~torch.isclose(y, exact, rtol=0, atol=0, equal_nan=True)).sum()), 0.0)
+
+
+def _row_case(name: str) -> tuple[Case, str]:
+    base, dtype, scales, zeros = read_row(name)
+    form = next(f for n, f in CODECS.items() if base in variants(n))
+    group = next(g for g in (64, 32, 16) if g in form.groups)
+    return Case(37, 256, group, dtype, scales, form.name, zeros, base), base
+
+
 _BENCH = "bench/dequantize.py"
 OP = (
     *(
-        OpSpec("dequantize", family, dequantize_ref, CASES, _BENCH, ("dequant_*",))
+        OpSpec("dequantize", family, dequantize_ref, CASES, _BENCH, ("dequant_*",), _compare, _row_case)
         for family in (_FOUR, *sorted(set(FAMILIES.values())))
     ),
     *(
@@ -364,6 +354,7 @@ OP = (
             tuple(k for k, v in _ALL_CODES.items() if v[0] == family),
             None,
             ("test_*",),
+            _compare_codes,
         )
         for family in (_FOUR, *sorted(set(FAMILIES.values())))
     ),

@@ -7,24 +7,25 @@ from typing import Any
 import torch
 
 from metal_marlin.errors import ArgumentError
-from metal_marlin.formats import codec
 from metal_marlin.ops import linear_decode as _decode
 from metal_marlin.ops import marlin_gemm as _gemm
-from metal_marlin.ops.marlin_gemm import ARGUMENTS, marlin_gemm_ref
+from metal_marlin.ops.dequantize import dequantize
+from metal_marlin.ops.product import product_ref, register
 
-# Most tokens for which reading the weights again for every 8 of them costs less than a tile of the GEMM, by device.
-FEW_TOKENS = {"cpu": 8, "cuda": 16, "mps": 8}
-FEW_ASYNC = 8  # on a GPU of compute capability 9.0 where the GEMM has tiles of few tokens
+# Most tokens for which reading the weights again for every 8 of them costs less than a tile of the GEMM, by device:
+# measured for cpu and cuda (bench/results), a guess for mps.
+FEW_TOKENS = {"cpu": 8, "cuda": 64, "mps": 8}
+FEW_BEFORE_TILES = 1  # on cuda, where the GEMM has tiles of few tokens: ops/marlin_gemm.py
 
-linear_ref = marlin_gemm_ref
+linear_ref = product_ref
 
 
-def plan(M: int, device: str, kernel: str | None = None, has_async: bool = False) -> str:
+def plan(M: int, device: str, kernel: str | None = None, has_tiles: bool = False) -> str:
     """The op for M tokens on a device kind, "linear_decode" or "marlin_gemm"; ``kernel`` asks for a row of one;
-    ``has_async``: the GEMM has rows with asynchronous copies for these tensors and this GPU."""
+    ``has_tiles``: the GEMM has tiles of few tokens for these tensors and this GPU."""
     if kernel is not None:
         return "linear_decode" if kernel.startswith("decode_gemv") else "marlin_gemm"
-    return "linear_decode" if (FEW_ASYNC if has_async else FEW_TOKENS.get(device, 8)) >= M else "marlin_gemm"
+    return "linear_decode" if (FEW_BEFORE_TILES if has_tiles else FEW_TOKENS.get(device, 8)) >= M else "marlin_gemm"
 
 
 def linear(
@@ -65,22 +66,8 @@ def linear(
 def _is_few(x: torch.Tensor, scales: torch.Tensor, format: str, kernel: str | None) -> bool:
     K = x.shape[-1] if x.ndim else 0  # of a wrong shape any op may say so
     M = x.numel() // K if K else 0
-    tiles = x.is_cuda and K % 32 == 0 and _gemm.has_async(x.dtype, scales.dtype, format)
-    return plan(M, x.device.type, kernel, tiles and _gemm._is_hopper(x.device.index)) == "linear_decode"
-
-
-def _new(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    extra: torch.Tensor | None,
-    format: str,
-    zeros: str,
-    group_size: int,
-    kernel: str | None,
-) -> torch.Tensor:
-    op = _decode._new if _is_few(x, scales, format, kernel) else _gemm._new
-    return op(x, codes, scales, extra, format, zeros, group_size, kernel)
+    tiles = x.is_cuda and K % 32 == 0 and _gemm.has_tiles(x.dtype, scales.dtype, format)
+    return plan(M, x.device.type, kernel, tiles) == "linear_decode"
 
 
 def _run(
@@ -98,20 +85,6 @@ def _run(
     op(x, codes, scales, extra, format, zeros, group_size, kernel, out)
 
 
-def _fake(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    extra: torch.Tensor | None,
-    format: str,
-    zeros: str,
-    group_size: int,
-    kernel: str | None,
-) -> torch.Tensor:
-    _gemm.check("linear", x, codes, scales, extra, format, zeros, group_size)
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
-
-
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     _, codes, scales, extra, ctx.format, ctx.zeros, ctx.group_size, _ = inputs
     ctx.save_for_backward(codes, scales, extra)
@@ -120,16 +93,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Of x: grad [..., N] · W [N, K]."""
     codes, scales, extra = ctx.saved_tensors
-    weight = codec(ctx.format).decode(codes, scales, extra, ctx.group_size, ctx.zeros, grad.dtype)
+    weight = dequantize(
+        codes, scales, ctx.group_size, format=ctx.format, zeros=ctx.zeros, extra=extra, dtype=grad.dtype
+    )
     return (grad @ weight, *(None,) * 7)
 
 
-_torch = torch.library.Library("metal_marlin", "FRAGMENT")
-_torch.define(f"linear({ARGUMENTS}) -> Tensor")
-_torch.define(f"linear_out({ARGUMENTS}, Tensor(a!) out) -> ()")
-for _key in ("CPU", "CUDA", "MPS"):
-    _torch.impl("linear", _new, _key)
-    _torch.impl("linear_out", _run, _key)
-torch.library.register_fake("metal_marlin::linear", _fake, lib=_torch)
-torch.library.register_fake("metal_marlin::linear_out", lambda *_: None, lib=_torch)
-torch.library.register_autograd("metal_marlin::linear", _gradient, setup_context=_keep, lib=_torch)
+_new = register("linear", _run)
+torch.library.register_autograd("metal_marlin::linear", _gradient, setup_context=_keep)

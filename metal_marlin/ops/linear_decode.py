@@ -10,10 +10,12 @@ import torch
 
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import CANONICAL, codec
-from metal_marlin.ops.linear_decode_cases import CASES, KEYS, Case
+from metal_marlin.ops.linear_decode_cases import CASES, Case, row_case
+from metal_marlin.ops.product import check, product_ref, register
+from metal_marlin.ops.selfcheck import product_check
 from metal_marlin.ops.spec import OpSpec
+from metal_marlin.ops.weights import library, on_16_bytes, plan_kind, row_name
 from metal_marlin.runtime.dispatch import dispatch_kernel
-from metal_marlin.runtime.library import MetalKernelLibrary
 
 __all__ = ["CASES", "FAMILY", "OP", "Case", "Plan", "linear_decode", "linear_decode_ref", "plan"]
 
@@ -75,39 +77,15 @@ def _lanes(device: str) -> int:
 
 
 def _row(base: str, dtype: torch.dtype, scale_dtype: torch.dtype, format: str, zeros: str) -> str:
-    """The host name: kernel and keys."""
-    form = codec(format)
-    plain = f"decode_gemv_{format}"
+    plain = f"decode_gemv_{codec(format).name}"
     known = (plain, f"{plain}_batched", *(_PLAIN if format == "fp4" else ()))
-    if base not in known:
-        raise ArgumentError(f"linear_decode: kernel is {base!r}; {format} has {', '.join(known)}")
-    if dtype not in KEYS:
-        raise ArgumentError(f"linear_decode: x is {dtype}; it takes {', '.join(map(str, KEYS))}")
-    if scale_dtype not in form.scale_dtypes:
-        wanted = ", ".join(map(str, form.scale_dtypes))
-        raise ArgumentError(f"linear_decode: scales is {scale_dtype}; {format} takes {wanted}")
-    form.check_zeros(zeros)
+    row = row_name("linear_decode", base, known, dtype, scale_dtype, format, zeros)
     if base in _PLAIN and scale_dtype != dtype:
         raise ArgumentError(f"linear_decode: {base} needs scales in x's {dtype}, they are {scale_dtype}")
-    keys = ["" if dtype == torch.float16 else f"t{KEYS[dtype]}"]
-    keys += [f"s{KEYS[scale_dtype]}"] if form.scale_kind == "float" and scale_dtype != dtype else []
-    keys += [f"z{zeros}"] if zeros != "none" else []
-    said = "_".join(filter(None, keys))
-    return f"{base}__{said}" if said else base
+    return row
 
 
-def linear_decode_ref(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    group_size: int,
-    *,
-    format: str = "fp4",
-    zeros: str = "none",
-    extra: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The meaning, in float64: x [..., K] times the decoded weights [N, K], transposed."""
-    return x.double() @ codec(format).decode(codes, scales, extra, group_size, zeros).T
+linear_decode_ref = product_ref
 
 
 def linear_decode(
@@ -141,60 +119,9 @@ def linear_decode(
 
 
 @functools.lru_cache(maxsize=4096)
-def _layout(
-    format: str, zeros: str, N: int, K: int, group_size: int, scale_dtype: torch.dtype
-) -> tuple[tuple[int, int], tuple[tuple[int, ...], torch.dtype] | None]:
-    """Shape of the scales; shape and dtype of extra, None where there is none."""
-    form = codec(format)
-    form.check(K, group_size)
-    form.check_zeros(zeros)
-    groups = form.groups_of(K, group_size)
-    more = form.extra_shape(N, groups, zeros)
-    return (N, groups), None if more is None else (more, form.extra_dtype(scale_dtype, zeros))
-
-
-def _check(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    extra: torch.Tensor | None,
-    format: str,
-    zeros: str,
-    group_size: int,
-) -> tuple[int, int, int]:
-    """M, N, K. Raises ArgumentError for shapes that do not belong together."""
-    if x.ndim < 1 or codes.ndim != 2 or scales.ndim != 2:
-        raise ArgumentError(
-            f"linear_decode: shapes x {tuple(x.shape)}, codes {tuple(codes.shape)}, scales {tuple(scales.shape)}; "
-            f"needs x [..., K], codes [N, words], scales [N, groups]"
-        )
-    # whole numbers: a weight's shape is no variable, though torch.compile may ask
-    K, N, per_word = int(x.shape[-1]), int(codes.shape[0]), codec(format).per_word
-    if codes.shape[1] * per_word != K:
-        raise ArgumentError(f"linear_decode: x has K = {K}, codes have K = {codes.shape[1] * per_word}")
-    wanted, more = _layout(format, zeros, N, K, group_size, scales.dtype)
-    if scales.shape != wanted:
-        raise ArgumentError(
-            f"linear_decode: scales have shape {tuple(scales.shape)}; N = {N}, K = {K}, group_size = {group_size} "
-            f"need {wanted}"
-        )
-    given = None if extra is None else (tuple(extra.shape), extra.dtype)
-    if given != more:
-        what = format if zeros == "none" else f"{format} with zeros {zeros!r}"
-        said = ["nothing" if e is None else f"{e[1]} {e[0]}" for e in (given, more)]
-        raise ArgumentError(f"linear_decode: extra is {said[0]}; {what} needs {said[1]}")
-    return x.numel() // K, N, K
-
-
-@functools.lru_cache(maxsize=4096)
 def _shape(M: int, N: int, K: int, group_size: int, rows: int, aligned: bool) -> bytes:
     """GemvShape, as bytes: making them of a dict takes half of a launch's time."""
     return struct.pack("=6q", M, N, K, group_size, rows, aligned)
-
-
-@functools.lru_cache(maxsize=64)
-def _library(device: str, lanes: int) -> MetalKernelLibrary:
-    return MetalKernelLibrary(FAMILY, device=device, lanes=lanes)
 
 
 def _run(
@@ -208,24 +135,16 @@ def _run(
     kernel: str | None,
     out: torch.Tensor,
 ) -> None:
-    M, N, K = _check(x, codes, scales, extra, format, zeros, group_size)
-    if out.shape != (*x.shape[:-1], N) or out.dtype != x.dtype:
-        raise ArgumentError(
-            f"linear_decode: out is {out.dtype} {tuple(out.shape)}; needs {x.dtype} {(*x.shape[:-1], N)}"
-        )
-    kind = x.device.type
+    M, N, K = check("linear_decode", x, codes, scales, extra, format, zeros, group_size, out)
+    kind = plan_kind(x.device.type)
     pool = torch.get_num_threads() if kind == "cpu" else 1
     p = plan(M, N, K, x.dtype, scales.dtype, kind, pool, kernel, format, zeros)
     if M == 0 or N == 0:
         return
-    aligned = K % (4 * codec(format).per_word) == 0
-    if kind == "mps":  # data_ptr() is a buffer object there
-        aligned = aligned and x.storage_offset() * x.element_size() % 16 == 0 and codes.storage_offset() % 4 == 0
-    else:
-        aligned = aligned and (x.data_ptr() | codes.data_ptr()) % 16 == 0
+    aligned = K % (4 * codec(format).per_word) == 0 and on_16_bytes(x, codes)
     shape = _shape(M, N, K, group_size, p.rows, aligned)
     dispatch_kernel(
-        _library(str(x.device), p.lanes),
+        library(FAMILY, str(x.device), p.lanes),
         p.kernel,
         threadgroups=p.threadgroups,
         threads_per_threadgroup=p.threads,
@@ -233,44 +152,7 @@ def _run(
     )
 
 
-def _new(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    extra: torch.Tensor | None,
-    format: str,
-    zeros: str,
-    group_size: int,
-    kernel: str | None,
-) -> torch.Tensor:
-    out = x.new_empty((*x.shape[:-1], codes.shape[0]))
-    _run(x, codes, scales, extra, format, zeros, group_size, kernel, out)
-    return out
-
-
-def _fake(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    extra: torch.Tensor | None,
-    format: str,
-    zeros: str,
-    group_size: int,
-    kernel: str | None,
-) -> torch.Tensor:
-    _check(x, codes, scales, extra, format, zeros, group_size)
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
-
-
-_torch = torch.library.Library("metal_marlin", "FRAGMENT")
-_ARGUMENTS = "Tensor x, Tensor codes, Tensor scales, Tensor? extra, str format, str zeros, int group_size, str? kernel"
-_torch.define(f"linear_decode({_ARGUMENTS}) -> Tensor")
-_torch.define(f"linear_decode_out({_ARGUMENTS}, Tensor(a!) out) -> ()")
-for _key in ("CPU", "CUDA", "MPS"):
-    _torch.impl("linear_decode", _new, _key)
-    _torch.impl("linear_decode_out", _run, _key)
-torch.library.register_fake("metal_marlin::linear_decode", _fake, lib=_torch)
-torch.library.register_fake("metal_marlin::linear_decode_out", lambda *_: None, lib=_torch)
+_new = register("linear_decode", _run)
 
 OP = OpSpec(
     name="linear_decode",
@@ -278,4 +160,6 @@ OP = OpSpec(
     reference=linear_decode_ref,
     cases=CASES,
     bench="bench/gemv.py",
+    check=lambda case, device, kernel: product_check(linear_decode, case, device, kernel),
+    row_case=row_case,
 )

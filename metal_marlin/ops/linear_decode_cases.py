@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from metal_marlin.formats import codec
-
-# torch dtype -> how row names say it
-KEYS = {torch.float16: "half", torch.bfloat16: "bf16", torch.float32: "f32"}
+from metal_marlin.formats import CODECS, codec
+from metal_marlin.ops.weights import KEYS, random_weights, read_row
 
 
 @dataclass(frozen=True)
@@ -43,36 +40,9 @@ class Case:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """x, codes, scales, extra: every finite code occurs, scales and zeros vary by group as a model's do."""
         rng = torch.Generator().manual_seed(seed)
-        form = codec(self.format)
-        groups = form.groups_of(self.K, self.group)
         x = torch.randn(self.M, self.K, generator=rng).to(self.dtype)
-        finite = torch.tensor([i for i, v in enumerate(form.values) if math.isfinite(v)], dtype=torch.uint8)
-        codes = finite[torch.randint(0, len(finite), (self.N, self.K), generator=rng)]
-        size = torch.rand(self.N, groups, generator=rng)
-        extra: torch.Tensor | None = None
-        if form.scale_kind == "e8m0":
-            scales = (118 + 5 * size).to(torch.uint8)
-        elif form.scale_kind == "e4m3":
-            scales, extra = (40 + 40 * size).to(torch.uint8), torch.tensor([0.003])
-        else:
-            largest = max(abs(v) for v in form.values if math.isfinite(v))
-            scales = ((0.012 + 0.12 * size) / largest).to(self.scales_in)
-            extra = self._zeros(scales, form.bits, rng)
-        words = form.pack(codes)
-        return x.to(device), words.to(device), scales.to(device), None if extra is None else extra.to(device)
-
-    def _zeros(self, scales: torch.Tensor, bits: int, rng: torch.Generator) -> torch.Tensor | None:
-        size = torch.rand(scales.shape, generator=rng)
-        if self.zeros == "point":
-            return (size * (2**bits - 1)).to(scales.dtype)
-        if self.zeros == "bias":
-            return (scales.float() * -(2**bits) * (0.3 + 0.4 * size)).to(scales.dtype)
-        if self.zeros == "packed":
-            per = 32 // bits
-            each = torch.nn.functional.pad((size * 2**bits).long(), (0, -scales.shape[1] % per))
-            words = (each.unflatten(1, (-1, per)) << torch.arange(0, 32, bits)).sum(-1)
-            return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-        return None
+        codes, scales, extra = random_weights(self.format, self.N, self.K, self.group, self.scales_in, self.zeros, rng)
+        return x.to(device), codes.to(device), scales.to(device), None if extra is None else extra.to(device)
 
 
 _DTYPES = tuple(KEYS)
@@ -138,6 +108,14 @@ def _models() -> list[Case]:
         *(Case(1, N, K, 128, model="large") for N, K in large),
         *(Case(1, N, K, 64, torch.float32, torch.float16, model="smollm2") for N, K in small),
     ]
+
+
+def row_case(name: str) -> tuple[Case, str]:
+    """A small case for a row of decode_gemv or marlin_gemm, and the kernel to ask for."""
+    base, dtype, scales, zeros = read_row(name)
+    form = max((f for n, f in CODECS.items() if f"_{n}_" in f"{base}_"), key=lambda f: len(f.name))
+    group = next(g for g in (64, 32, 16) if g in form.groups)
+    return Case(1 if base == f"decode_gemv_{form.name}" else 9, 37, 256, group, dtype, scales, form.name, zeros), base
 
 
 CASES: tuple[Case, ...] = (*_fp4(), *_others(), *_models())

@@ -9,12 +9,15 @@ import torch
 
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import CANONICAL, codec
-from metal_marlin.ops.linear_decode_cases import KEYS, Case
+from metal_marlin.ops.linear_decode_cases import Case, row_case
+from metal_marlin.ops.product import check, product_ref, register
+from metal_marlin.ops.selfcheck import product_check
 from metal_marlin.ops.spec import OpSpec
+from metal_marlin.ops.weights import KEYS, library, on_16_bytes, plan_kind, row_name
 from metal_marlin.runtime.dispatch import dispatch_kernel
-from metal_marlin.runtime.library import MetalKernelLibrary
+from metal_marlin.runtime.tensor_map import NONE, tensor_map
 
-__all__ = ["CASES", "FAMILY", "OP", "Case", "Plan", "check", "marlin_gemm", "marlin_gemm_ref", "plan"]
+__all__ = ["CASES", "FAMILY", "OP", "Case", "Plan", "marlin_gemm", "marlin_gemm_ref", "plan"]
 
 FAMILY = "marlin_gemm.metal"
 VARIANTS = {"fp4": ("", "_fp32acc", "_single_stage")}  # of formats that have more than the plain rows
@@ -23,19 +26,32 @@ _THREADS = 128
 _TOKENS = 256  # most tokens of a threadgroup on the cpu; src/core/cpu/gemm.h
 
 
-# Tiles of the rows with asynchronous copies: tokens and rows of W of a threadgroup, and what 64 k of it cost on an H200
-# (clock cycles, about). "_async" is mma.sync, "_async_deep" wgmma: src/core/nvidia/gemm_few.h and gemm_wgmma.h.
-ASYNC = {
-    ("_async", 8): (32, 0),
-    ("_async", 16): (32, 0),
-    ("_async", 32): (32, 0),
-    ("_async_deep", 32): (64, 200),
-    ("_async_deep", 64): (64, 250),
-    ("_async_deep", 128): (128, 650),
-    ("_async_deep", 256): (128, 1100),
-}
-ASYNC_FORMATS = ("fp4", "int4", "int8")
-_ASYNC_THREADS = 256
+@dataclass(frozen=True)
+class Tile:
+    """A tile of its own for NVIDIA GPUs: rows of W and tokens of a threadgroup, its threads, whether it needs compute
+    capability 9.0 (core/nvidia/gemm_wgmma.h) or not (gemm_few.h), and clock cycles that 64 k of it cost on an H200."""
+
+    rows: int
+    tokens: int
+    threads: int
+    hopper: bool
+    cycles: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.tokens}"
+
+
+_TILES = (
+    *(Tile(rows, 8, threads, False) for rows, threads in ((16, 512), (32, 512), (64, 256), (112, 256))),
+    *(Tile(rows, 16, threads, False) for rows, threads in ((16, 512), (32, 512), (64, 256), (112, 256))),
+    *(Tile(rows, 32, 256, False) for rows in (16, 32)),
+    Tile(64, 64, 256, True, 150),
+    Tile(64, 128, 256, True, 280),
+    Tile(128, 128, 256, True, 540),
+    Tile(128, 256, 256, True, 1050),
+)
+TILES = {str(tile): tile for tile in _TILES}
+TILE_FORMATS = ("fp4", "int4", "int8")
 _MULTIPROCESSORS = 132
 
 _DTYPES = tuple(KEYS)
@@ -75,12 +91,13 @@ class Plan:
     rows: int
     tokens: int
     lanes: int
+    tile: str = ""
     layout: str = CANONICAL
 
 
-def has_async(dtype: torch.dtype, scale_dtype: torch.dtype, format: str) -> bool:
-    """Whether there are rows with asynchronous copies."""
-    return format in ASYNC_FORMATS and dtype == scale_dtype != torch.float32
+def has_tiles(dtype: torch.dtype, scale_dtype: torch.dtype, format: str) -> bool:
+    """Whether there are tiles of ``TILES`` for these."""
+    return format in TILE_FORMATS and dtype == scale_dtype != torch.float32
 
 
 @functools.lru_cache(maxsize=4096)
@@ -100,82 +117,57 @@ def plan(
     """The row and grid for x [M, K] in ``dtype``; ``device``: cpu, cuda or mps; ``pool``: threads of the CPU pool;
     ``hopper``: the GPU has compute capability 9.0; ``aligned``: K is a multiple of 32, x and codes start at 16 bytes.
 
-    ``kernel`` asks for a variant of the format, such as "marlin_gemm_fp4_single_stage" or "marlin_gemm_fp4_async__m16".
+    ``kernel`` asks for a variant of the format, such as "marlin_gemm_fp4_single_stage", or a tile of it, such as
+    "marlin_gemm_fp4__m32x16".
     Raises ArgumentError for dtypes and variants that have no row, or none that runs here.
     """
-    of = codec(format)
-    if dtype not in KEYS:
-        raise ArgumentError(f"marlin_gemm: x is {dtype}; it takes {', '.join(map(str, KEYS))}")
-    if scale_dtype not in of.scale_dtypes:
-        raise ArgumentError(f"marlin_gemm: scales is {scale_dtype}; {format} takes {_listed(of.scale_dtypes)}")
-    known = [f"marlin_gemm_{format}{variant}" for variant in VARIANTS.get(format, ("",))]
-    tiles = {f"marlin_gemm_{format}{v}__m{m}": (v, m) for v, m in ASYNC if has_async(dtype, scale_dtype, format)}
-    if kernel is not None and kernel not in known and kernel not in tiles:
-        raise ArgumentError(f"marlin_gemm: kernel is {kernel!r}; of {format} there are {', '.join((*known, *tiles))}")
-    tile = tiles.get(kernel or "")
-    if kernel is None and device == "cuda" and hopper and aligned and tiles:
-        tile = _tile(M, N)
-    base = kernel or known[0] if tile is None else f"marlin_gemm_{format}{tile[0]}"
-    keys = [
-        "" if dtype == torch.float16 else f"t{KEYS[dtype]}",
-        "" if of.scale_kind != "float" or scale_dtype == dtype else f"s{KEYS[scale_dtype]}",
-        "" if zeros == "none" else f"z{zeros}",
-        "" if tile is None else f"m{tile[1]}",
-    ]
-    row = "__".join(filter(None, (base, "_".join(filter(None, keys)))))
-    across = -(-N // _TILE)
-    if device == "cuda" and tile is not None:
-        if not hopper or not aligned:
-            need = (
-                "a GPU of compute capability 9.0" if not hopper else "K % 32 = 0, x and codes at multiples of 16 bytes"
-            )
+    known = [f"marlin_gemm_{codec(format).name}{variant}" for variant in VARIANTS.get(format, ("",))]
+    tiles = TILES if has_tiles(dtype, scale_dtype, format) else {}
+    base, _, tile = (kernel or known[0]).partition("__m")
+    if tile and (base != known[0] or tile not in tiles):
+        raise ArgumentError(f"marlin_gemm: kernel is {kernel!r}; tiles of {known[0]} are {', '.join(tiles) or 'none'}")
+    if kernel is None and tiles and device == "cuda" and aligned:
+        tile = _tile(M, N, hopper)
+    row = row_name("marlin_gemm", base, known, dtype, scale_dtype, format, zeros, tile)
+    if tile and device == "cuda":
+        t = TILES[tile]
+        if not aligned or t.hopper and not hopper:
+            need = "K % 32 = 0, x and codes at multiples of 16 bytes" if not aligned else "compute capability 9.0"
             raise ArgumentError(f"marlin_gemm: kernel {row!r} needs {need}")
-        rows, tokens = ASYNC[tile][0], tile[1]
-        return Plan(row, (-(-N // rows), -(-M // tokens)), _ASYNC_THREADS, rows, tokens, lanes=32)
+        return Plan(row, (-(-N // t.rows), -(-M // t.tokens)), t.threads, t.rows, t.tokens, 32, tile)
+    across = -(-N // _TILE)
     if device != "cpu":
-        return Plan(row, (across, -(-M // _TILE)), _THREADS, _TILE, _TILE, lanes=32)
+        return Plan(row, (across, -(-M // _TILE)), _THREADS, _TILE, _TILE, 32, tile)
     blocks = -(-M // _TOKENS)  # each decodes W again: more of them only where threads would have nothing to do
     while across * blocks < 3 * pool and 48 * blocks < M:
         blocks += 1
     tokens = -(-M // blocks)
-    return Plan(row, (across, -(-M // tokens)), 1, _TILE, tokens, lanes=1)
+    return Plan(row, (across, -(-M // tokens)), 1, _TILE, tokens, 1, tile)
 
 
-def _tile(M: int, N: int) -> tuple[str, int]:
-    """The tile of least time: few tokens in one, else by how often the multiprocessors have to take a threadgroup."""
-    few = [tile for tile in ASYNC if tile[0] == "_async" and tile[1] >= M]
+def _tile(M: int, N: int, hopper: bool) -> str:
+    """The tile of least time: for few tokens one that gives every multiprocessor a threadgroup, else by how often the
+    multiprocessors have to take one. "": none suits."""
+    few = [tile for tile in _TILES if tile.cycles == 0 and tile.tokens >= M]
     if few:
-        return min(few, key=lambda tile: tile[1])
+        tokens = min(tile.tokens for tile in few)
+        few = [tile for tile in few if tile.tokens == tokens]
+        return str(next((tile for tile in few if -(-N // tile.rows) <= _MULTIPROCESSORS), few[-1]))
 
-    def cost(tile: tuple[str, int]) -> int:
-        rows, each = ASYNC[tile]
-        blocks = -(-N // rows) * -(-M // tile[1])
-        return -(-blocks // _MULTIPROCESSORS) * each
+    def cost(tile: Tile) -> int:
+        blocks = -(-N // tile.rows) * -(-M // tile.tokens)
+        return -(-blocks // _MULTIPROCESSORS) * tile.cycles
 
-    return min((tile for tile in ASYNC if tile[0] == "_async_deep"), key=cost)
+    return str(min((tile for tile in _TILES if tile.cycles), key=cost)) if hopper else ""
 
 
 @functools.lru_cache(maxsize=64)
-def _is_hopper(index: int) -> bool:
+def is_hopper(index: int) -> bool:
+    """Whether a CUDA device has compute capability 9.0."""
     return torch.cuda.get_device_capability(index) == (9, 0)
 
 
-def _listed(values: object) -> str:
-    return ", ".join(map(str, values))  # type: ignore[call-overload]
-
-
-def marlin_gemm_ref(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    group_size: int,
-    *,
-    format: str = "fp4",
-    zeros: str = "none",
-    extra: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The meaning, in float64: x [..., K] times the decoded weights [N, K], transposed."""
-    return x.double() @ codec(format).decode(codes, scales, extra, group_size, zeros).T
+marlin_gemm_ref = product_ref
 
 
 def marlin_gemm(
@@ -205,48 +197,6 @@ def marlin_gemm(
     return out
 
 
-def check(
-    op: str,
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    extra: torch.Tensor | None,
-    format: str,
-    zeros: str,
-    group_size: int,
-) -> tuple[int, int, int]:
-    """M, N, K. Raises ArgumentError, in the name of ``op``, for tensors that do not belong together."""
-    of = codec(format)
-    if x.ndim < 1 or codes.ndim != 2 or scales.ndim != 2:
-        raise ArgumentError(
-            f"{op}: shapes x {tuple(x.shape)}, codes {tuple(codes.shape)}, scales {tuple(scales.shape)}; "
-            f"needs x [..., K], codes [N, K/{of.per_word}], scales [N, groups]"
-        )
-    K, N = x.shape[-1], codes.shape[0]
-    if codes.shape[1] * of.per_word != K:
-        raise ArgumentError(f"{op}: x has K = {K}, codes have K = {codes.shape[1] * of.per_word}")
-    of.check(K, group_size)
-    groups = of.groups_of(K, group_size)
-    if scales.shape != (N, groups):
-        raise ArgumentError(
-            f"{op}: scales have shape {tuple(scales.shape)}; N = {N}, K = {K}, group_size = {group_size} "
-            f"need {(N, groups)}"
-        )
-    of.check_zeros(zeros)
-    shape = of.extra_shape(N, groups, zeros)
-    wanted = None if shape is None else (of.extra_dtype(scales.dtype, zeros), shape)
-    given = None if extra is None else (extra.dtype, tuple(extra.shape))
-    if given != wanted:
-        said = ["None" if e is None else f"{e[0]} {e[1]}" for e in (given, wanted)]
-        raise ArgumentError(f"{op}: extra is {said[0]}; {format} with zeros = {zeros!r} needs {said[1]}")
-    return x.numel() // K, N, K
-
-
-@functools.lru_cache(maxsize=64)
-def _library(device: str, lanes: int) -> MetalKernelLibrary:
-    return MetalKernelLibrary(FAMILY, device=device, lanes=lanes)
-
-
 def _run(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -258,66 +208,33 @@ def _run(
     kernel: str | None,
     out: torch.Tensor,
 ) -> None:
-    M, N, K = check("marlin_gemm", x, codes, scales, extra, format, zeros, group_size)
-    if out.shape != (*x.shape[:-1], N) or out.dtype != x.dtype:
-        raise ArgumentError(f"marlin_gemm: out is {out.dtype} {tuple(out.shape)}; needs {x.dtype} {(*x.shape[:-1], N)}")
-    kind = x.device.type
+    M, N, K = check("marlin_gemm", x, codes, scales, extra, format, zeros, group_size, out)
+    kind = plan_kind(x.device.type)
     pool = torch.get_num_threads() if kind == "cpu" else 1
-    aligned = K % 32 == 0 and kind != "mps" and (x.data_ptr() | codes.data_ptr()) % 16 == 0
-    if kind == "mps":  # data_ptr() is a buffer object there
-        aligned = K % 32 == 0 and x.storage_offset() * x.element_size() % 16 == 0 and codes.storage_offset() % 4 == 0
-    hopper = kind == "cuda" and _is_hopper(x.device.index)
+    hopper = kind == "cuda" and is_hopper(x.device.index)
+    aligned = K % 32 == 0 and on_16_bytes(x, codes)
     p = plan(max(M, 1), N, x.dtype, scales.dtype, kind, format, zeros, pool, kernel, hopper, aligned)
     if M == 0 or N == 0:
         return
     shape = {"M": M, "N": N, "K": K, "group": group_size, "rows": p.rows, "tokens": p.tokens, "aligned": int(aligned)}
     dispatch_kernel(
-        _library(str(x.device), p.lanes),
+        library(FAMILY, str(x.device), p.lanes),
         p.kernel,
         threadgroups=p.threadgroups,
         threads_per_threadgroup=p.threads,
-        args=(x, codes, scales, scales if extra is None else extra, out, shape),
+        args=(x, codes, scales, scales if extra is None else extra, out, shape, *_map(x, M, K, p)),
     )
 
 
-def _new(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    extra: torch.Tensor | None,
-    format: str,
-    zeros: str,
-    group_size: int,
-    kernel: str | None,
-) -> torch.Tensor:
-    out = x.new_empty((*x.shape[:-1], codes.shape[0]))
-    _run(x, codes, scales, extra, format, zeros, group_size, kernel, out)
-    return out
+def _map(x: torch.Tensor, M: int, K: int, p: Plan) -> tuple[bytes, ...]:
+    """What rows for many tokens take besides."""
+    tile = TILES.get(p.tile)
+    if tile is None or not tile.hopper:
+        return ()
+    return (tensor_map(x.data_ptr(), M, K, tile.tokens) if x.is_cuda else NONE,)
 
 
-def _fake(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    extra: torch.Tensor | None,
-    format: str,
-    zeros: str,
-    group_size: int,
-    kernel: str | None,
-) -> torch.Tensor:
-    check("marlin_gemm", x, codes, scales, extra, format, zeros, group_size)
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
-
-
-ARGUMENTS = "Tensor x, Tensor codes, Tensor scales, Tensor? extra, str format, str zeros, int group_size, str? kernel"
-_torch = torch.library.Library("metal_marlin", "FRAGMENT")
-_torch.define(f"marlin_gemm({ARGUMENTS}) -> Tensor")
-_torch.define(f"marlin_gemm_out({ARGUMENTS}, Tensor(a!) out) -> ()")
-for _key in ("CPU", "CUDA", "MPS"):
-    _torch.impl("marlin_gemm", _new, _key)
-    _torch.impl("marlin_gemm_out", _run, _key)
-torch.library.register_fake("metal_marlin::marlin_gemm", _fake, lib=_torch)
-torch.library.register_fake("metal_marlin::marlin_gemm_out", lambda *_: None, lib=_torch)
+_new = register("marlin_gemm", _run)
 
 OP = OpSpec(
     name="marlin_gemm",
@@ -325,4 +242,6 @@ OP = OpSpec(
     reference=marlin_gemm_ref,
     cases=CASES,
     bench="bench/gemm.py",
+    check=lambda case, device, kernel: product_check(marlin_gemm, case, device, kernel),
+    row_case=row_case,
 )

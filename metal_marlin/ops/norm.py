@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from metal_marlin.errors import ArgumentError
-from metal_marlin.ops.spec import OpSpec
+from metal_marlin.ops.gradient import differentiable
+from metal_marlin.ops.spec import Check, OpSpec, worst
+from metal_marlin.ops.weights import library, plan_kind
 from metal_marlin.runtime.dispatch import dispatch_kernel
-from metal_marlin.runtime.library import MetalKernelLibrary
 
 FAMILY = "norm.metal"
 KEYS = {torch.float16: "", torch.bfloat16: "__tbf16", torch.float32: "__tf32"}
@@ -65,11 +66,6 @@ def plan(width: int, dtype: torch.dtype, device: str) -> tuple[str, int]:
     return KEYS[dtype], 1 if device == "cpu" else min(1024, max(32, -(-width // 256) * 32))
 
 
-@functools.lru_cache(maxsize=16)
-def _library(device: str) -> MetalKernelLibrary:
-    return MetalKernelLibrary(FAMILY, device=device)
-
-
 @functools.lru_cache(maxsize=256)
 def _numbers(width: int, bias: bool, eps: float, offset: float) -> tuple[bytes, bytes]:
     return struct.pack("=2q", width, bias), struct.pack("=2f", eps, offset)
@@ -79,11 +75,11 @@ def _launch(
     kernel: str, x: torch.Tensor, args: tuple[torch.Tensor, ...], eps: float, offset: float, bias: bool = False
 ) -> None:
     width = x.shape[-1]
-    suffix, threads = plan(width, x.dtype, x.device.type)
+    suffix, threads = plan(width, x.dtype, plan_kind(x.device.type))
     rows = x.numel() // width if width else 0
     if rows:
         dispatch_kernel(
-            _library(str(x.device)),
+            library(FAMILY, str(x.device)),
             kernel + suffix,
             threadgroups=rows,
             threads_per_threadgroup=threads,
@@ -104,10 +100,20 @@ def _check(op: str, x: torch.Tensor, like: dict[str, torch.Tensor | None], rows:
             )
 
 
+def _direct(x: torch.Tensor, *more: torch.Tensor) -> bool:
+    """Whether a call needs nothing of torch's dispatcher, which costs as much as a small kernel."""
+    if type(x) is not torch.Tensor or torch.compiler.is_compiling():
+        return False
+    return not torch.is_grad_enabled() or not (x.requires_grad or any(t.requires_grad for t in more))
+
+
 def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, offset: float = 0.0) -> torch.Tensor:
     """The meaning, in float64."""
-    x = x.double()
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * (weight.double() + offset)
+    return _rms(x.double(), weight.double(), eps, offset)
+
+
+def _rms(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * (weight + offset)
 
 
 def rms_norm_residual_ref(
@@ -122,10 +128,13 @@ def layer_norm_ref(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = 1e-5
 ) -> torch.Tensor:
     """The meaning, in float64."""
-    x = x.double()
+    return _layer(x.double(), weight.double(), None if bias is None else bias.double(), eps)
+
+
+def _layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
     d = x - x.mean(-1, keepdim=True)
-    y = d / (d.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
-    return y if bias is None else y + bias.double()
+    y = d / (d.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+    return y if bias is None else y + bias
 
 
 def rms_norm(
@@ -134,13 +143,10 @@ def rms_norm(
     """y [..., width] = x / sqrt(mean(x²) + eps) · (weight + offset); sums in float32 (arXiv 1910.07467).
 
     x, weight [width]: half, bfloat16 or float32, contiguous. offset 0: the normalised x is rounded to x's dtype before
-    the weight multiplies it, as Llama's is; 1: Gemma's norm. out: where to write. Raises ArgumentError.
+    the weight multiplies it, as Llama's is; 1: Gemma's norm. out: where to write.
+    Differentiable (not with ``out``). Raises ArgumentError.
     """
-    if (
-        type(x) is torch.Tensor
-        and not torch.compiler.is_compiling()
-        and not (x.requires_grad and torch.is_grad_enabled())
-    ):
+    if _direct(x, weight):
         return _rms_norm(x, weight, eps, offset, out)
     if out is not None:
         torch.ops.metal_marlin.rms_norm_out(x, weight, eps, offset, out)
@@ -162,11 +168,7 @@ def rms_norm_residual(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, offset: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rms_norm(h), h) with h = x + residual rounded to x's dtype; arguments as ``rms_norm``, residual like x."""
-    if (
-        type(x) is torch.Tensor
-        and not torch.compiler.is_compiling()
-        and not (x.requires_grad and torch.is_grad_enabled())
-    ):
+    if _direct(x, residual, weight):
         return _rms_norm_residual(x, residual, weight, eps, offset)
     return torch.ops.metal_marlin.rms_norm_residual(x, residual, weight, eps, offset)
 
@@ -242,12 +244,32 @@ _fakes: dict[str, Callable[..., Any]] = {
 }
 for _name, _fake in _fakes.items():
     torch.library.register_fake(f"metal_marlin::{_name}", _fake, lib=_torch)
+differentiable("rms_norm", _rms, 2)
+differentiable("layer_norm", _layer, 3)
+differentiable("rms_norm_residual", lambda x, r, w, eps, offset: (_rms(x + r, w, eps, offset), x + r), 3)
+
+
+def _compare(op: Callable[..., Any], reference: Callable[..., Any], case: Case, device: str) -> Check:
+    """Per row: the rounding of the result, and of a mean that the row is large against."""
+    x, residual, weight, bias = case.tensors()
+    args = {rms_norm: (x, weight), rms_norm_residual: (x, residual, weight), layer_norm: (x, weight, bias)}[op]
+    y, exact = op(*(t.to(device) for t in args), eps=1e-5), reference(*args, eps=1e-5)
+    y, exact = (t[0] if isinstance(t, tuple) else t for t in (y, exact))
+    size = exact.norm(dim=-1)
+    if op is layer_norm:
+        size = size + 2.0**-23 / torch.finfo(x.dtype).eps * x.double().norm(dim=-1)
+    return worst((y.cpu().double() - exact).norm(dim=-1), 4 * torch.finfo(x.dtype).eps * size)
+
+
+def _checks(op: Callable[..., Any], reference: Callable[..., Any]) -> Callable[[Any, str, str | None], Check]:
+    return lambda case, device, _: _compare(op, reference, case, device)
+
 
 OP = tuple(
-    OpSpec(name, FAMILY, reference, CASES, "bench/norm.py", (name, f"{name}__*"))
-    for name, reference in (
-        ("rms_norm", rms_norm_ref),
-        ("rms_norm_residual", rms_norm_residual_ref),
-        ("layer_norm", layer_norm_ref),
+    OpSpec(name, FAMILY, reference, CASES, "bench/norm.py", (name, f"{name}__*"), _checks(op, reference))
+    for name, op, reference in (
+        ("rms_norm", rms_norm, rms_norm_ref),
+        ("rms_norm_residual", rms_norm_residual, rms_norm_residual_ref),
+        ("layer_norm", layer_norm, layer_norm_ref),
     )
 )

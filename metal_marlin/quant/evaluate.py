@@ -63,7 +63,7 @@ def evaluate(
         raise ArgumentError(f"tokens has shape {tuple(tokens.shape)}; one text, [T], is needed")
     total = tokens.numel()
     loss = kl = same = 0.0
-    with torch.inference_mode():
+    with torch.no_grad():
         for begin, end, first in windows(total, window, stride):
             part = tokens[begin:end]
             ours = _log_probabilities(model, part)[first - begin - 1 : -1]

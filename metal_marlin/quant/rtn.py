@@ -48,10 +48,5 @@ def quantize(
     size = K + padding if size == K else size
     padded = torch.nn.functional.pad(weight.detach(), (0, padding)) if padding else weight.detach()
     kind = torch.float16 if scale_dtype is None else scale_dtype
-    try:
-        codes, scales, extra = form.encode(padded, size, scale_dtype=kind, zeros=zeros, method=scale)
-    except ArgumentError as error:
-        if "needs a scale beyond" not in str(error):
-            raise
-        raise ArgumentError(f"{error}: pass scale_dtype=torch.float32 or torch.bfloat16") from None
+    codes, scales, extra = form.encode(padded, size, scale_dtype=kind, zeros=zeros, method=scale)
     return QuantizedTensor(codes, scales, extra, format, size, zeros, (int(N), int(K)))

@@ -14,6 +14,8 @@ import torch
 
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import CANONICAL, codec
+from metal_marlin.ops import dequantize as _kernels
+from metal_marlin.ops.weights import KEYS
 
 FORMAT_VERSION = 1
 NAMES = {"codes": "weight", "scales": "weight_scale", "extra": "weight_extra"}  # field -> name in state dicts and files
@@ -98,9 +100,21 @@ class QuantizedTensor:
             raise ArgumentError(f"layout = {self.layout!r}; {purpose} needs {CANONICAL!r}: unpack() the tensor first")
 
     def dequantize(self, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-        """The weights [N, K] in ``dtype``, each rounded once."""
+        """The weights [N, K] in ``dtype``, each rounded once: by our kernels on a GPU, by torch, without a compiler
+        and in float64 too, on the CPU."""
         self.canonical("dequantize")
         N, K = self.shape
+        if self.device.type != "cpu" and dtype in KEYS:
+            whole = _kernels.dequantize(
+                self.codes,
+                self.scales,
+                self.group_size,
+                format=self.format,
+                zeros=self.zeros,
+                extra=self.extra,
+                dtype=dtype,
+            )
+            return whole[:, :K]
         form, out = codec(self.format), torch.empty(N, K, dtype=dtype, device=self.device)
         step = max(1, _BLOCK // self.padded)
         for first in range(0, N, step):

@@ -55,6 +55,11 @@ def _found(path: Path) -> Path:
     raise ArgumentError(f"source: no file '{path}' (looked in {looked})")
 
 
+def checks_wanted() -> bool:
+    """Whether METAL_MARLIN_CHECKED asks for checked kernels."""
+    return os.environ.get("METAL_MARLIN_CHECKED", "") not in ("", "0")
+
+
 class MetalKernelLibrary:
     """Kernels of Metal sources on one device.
 
@@ -111,8 +116,7 @@ class MetalKernelLibrary:
             lanes = self._lanes or 32
             raise MetalMarlinError(f"checked kernels run on the cpu with 32 lanes, not on {self.target} with {lanes}")
         if checked is None:
-            wanted = os.environ.get("METAL_MARLIN_CHECKED", "") not in ("", "0")
-            return wanted and self.target.kind == "cpu" and self._lanes != 1
+            return checks_wanted() and self.target.kind == "cpu" and self._lanes != 1
         return checked
 
     def _units(self, source: Sources) -> list[Unit]:

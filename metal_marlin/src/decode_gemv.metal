@@ -13,37 +13,20 @@
 #include <metal_stdlib>
 #include "core/gemv.h"
 #include "core/instantiate.h"
-#include "formats/fp4.h"
-#include "formats/fp8.h"
-#include "formats/int4.h"
-#include "formats/int8.h"
+#include "formats/weights.h"
 using namespace metal;
 
 template <typename Core, typename Q, typename T>
 [[kernel]] void
 decode_gemv(device const T* x [[buffer(0)]], device const uint* codes [[buffer(1)]],
             device const typename Q::S* scales [[buffer(2)]],
-            device const typename GemvExtra<Q>::type* extra [[buffer(3)]], device T* y [[buffer(4)]],
+            device const typename Q::Bound* extra [[buffer(3)]], device T* y [[buffer(4)]],
             constant GemvShape& shape [[buffer(5)]], uint3 tgid [[threadgroup_position_in_grid]],
             uint sgid [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
             uint sgs [[simdgroups_per_threadgroup]]) {
     threadgroup typename Core::Shared sh;
     Core::run(GemvArguments<Q, T>(x, codes, scales, extra, y, shape), GemvPlace{tgid, sgid, lane, sgs}, sh);
 }
-
-template <typename S> using Fp4 = Quantized<FP4, FloatScale<S>>;
-template <typename S> using Int4 = Quantized<INT4, FloatScale<S>>;
-template <typename S> using Int4Point = Quantized<UINT4, FloatScale<S>, ZeroPoint<S>>;
-template <typename S> using Int4Packed = Quantized<UINT4, FloatScale<S>, PackedZero<4>>;
-template <typename S> using Int4Bias = Quantized<UINT4, FloatScale<S>, Bias<S>>;
-template <typename S> using Int8 = Quantized<INT8, FloatScale<S>>;
-template <typename S> using Uint8Point = Quantized<UINT8, FloatScale<S>, ZeroPoint<S>>;
-template <typename S> using Uint8Packed = Quantized<UINT8, FloatScale<S>, PackedZero<8>>;
-template <typename S> using Uint8Bias = Quantized<UINT8, FloatScale<S>, Bias<S>>;
-template <typename S> using Fp8E4M3 = Quantized<FP8E4M3, FloatScale<S>>;
-template <typename S> using Fp8E5M2 = Quantized<FP8E5M2, FloatScale<S>>;
-typedef Quantized<FP4, E8M0> Mxfp4;
-typedef Quantized<FP4, E4M3, TensorScale> Nvfp4;
 
 template <typename Q, typename T> using GemvOne = Gemv<Q, T, 1>;
 template <typename Q, typename T> using GemvBatch = Gemv<Q, T, 8>;

@@ -9,17 +9,8 @@
 // On an H200 threads that take several words in turn, whose stores lie apart, reached a third of these.
 #include <metal_stdlib>
 #include "core/dequant_rows.h"
-#include "formats/fp4.h"
-#include "formats/int4.h"
+#include "formats/weights.h"
 using namespace metal;
-
-template <typename S> using Fp4 = Quantized<FP4, FloatScale<S>>;
-template <typename S> using Int4 = Quantized<INT4, FloatScale<S>>;
-template <typename S> using Int4Point = Quantized<UINT4, FloatScale<S>, ZeroPoint<S>>;
-template <typename S> using Int4Packed = Quantized<UINT4, FloatScale<S>, PackedZero<4>>;
-template <typename S> using Int4Bias = Quantized<UINT4, FloatScale<S>, Bias<S>>;
-typedef Quantized<FP4, E8M0> Mxfp4;
-typedef Quantized<FP4, E4M3, TensorScale> Nvfp4;
 
 #define INT4_ROWS(name, Core)                                                                                \
     ROWS(name, "", "", Core, Int4)                                                                           \

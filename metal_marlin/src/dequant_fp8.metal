@@ -3,11 +3,8 @@
 // Variants as in dequant.metal; _2d_kernel: a word a thread, the grid's x is the row.
 #include <metal_stdlib>
 #include "core/dequant_rows.h"
-#include "formats/fp8.h"
+#include "formats/weights.h"
 using namespace metal;
-
-template <typename S> using Fp8E4M3 = Quantized<FP8E4M3, FloatScale<S>>;
-template <typename S> using Fp8E5M2 = Quantized<FP8E5M2, FloatScale<S>>;
 
 ROWS("dequant_fp8_kernel", "", "", DequantPlain, Fp8E4M3)
 ROWS("dequant_fp8_aligned_kernel", "", "", DequantAligned, Fp8E4M3)

@@ -3,13 +3,8 @@
 // Variants as in dequant.metal; _2d_kernel: a word a thread, the grid's x is the row.
 #include <metal_stdlib>
 #include "core/dequant_rows.h"
-#include "formats/int8.h"
+#include "formats/weights.h"
 using namespace metal;
-
-template <typename S> using Int8 = Quantized<INT8, FloatScale<S>>;
-template <typename S> using Uint8Point = Quantized<UINT8, FloatScale<S>, ZeroPoint<S>>;
-template <typename S> using Uint8Packed = Quantized<UINT8, FloatScale<S>, PackedZero<8>>;
-template <typename S> using Uint8Bias = Quantized<UINT8, FloatScale<S>, Bias<S>>;
 
 ROWS("dequant_int8_kernel", "", "", DequantPlain, Int8)
 ROWS("dequant_int8_aligned_kernel", "", "", DequantAligned, Int8)

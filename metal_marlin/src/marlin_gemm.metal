@@ -12,52 +12,27 @@
 #include <metal_stdlib>
 #include "core/gemm.h"
 #include "core/instantiate.h"
-#include "formats/fp4.h"
-#include "formats/fp8.h"
-#include "formats/int4.h"
-#include "formats/int8.h"
+#include "formats/weights.h"
 using namespace metal;
 
-template <typename W, typename T, typename Schedule>
-[[kernel]] void
-marlin_gemm(device const T* x [[buffer(0)]], device const uint* codes [[buffer(1)]],
-            device const typename W::S* scales [[buffer(2)]],
-            device const typename GemmExtra<W>::type* extra [[buffer(3)]], device T* y [[buffer(4)]],
-            constant GemmShape& shape [[buffer(5)]], uint3 tgid [[threadgroup_position_in_grid]],
-            uint sgid [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-    typedef Gemm<W, T, Schedule, NoEpilogue> Core;
-    threadgroup typename Core::Shared sh;
-    Core::run(GemmArguments<W, T>(x, codes, scales, extra, y, shape), GemmPlace{tgid, sgid, lane}, sh,
-              NoEpilogue());
-}
-
-// The same with a bound that lets the assembler give a thread as many registers as 256 threads leave it.
-template <typename W, typename T, typename Schedule>
-[[kernel, max_total_threads_per_threadgroup(256)]] void
-marlin_gemm_async(device const T* x [[buffer(0)]], device const uint* codes [[buffer(1)]],
-                  device const typename W::S* scales [[buffer(2)]],
-                  device const typename GemmExtra<W>::type* extra [[buffer(3)]], device T* y [[buffer(4)]],
-                  constant GemmShape& shape [[buffer(5)]], uint3 tgid [[threadgroup_position_in_grid]],
-                  uint sgid [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-    typedef Gemm<W, T, Schedule, NoEpilogue> Core;
-    threadgroup typename Core::Shared sh;
-    Core::run(GemmArguments<W, T>(x, codes, scales, extra, y, shape), GemmPlace{tgid, sgid, lane}, sh,
-              NoEpilogue());
-}
-
-template <typename S> using Fp4 = Quantized<FP4, FloatScale<S>>;
-template <typename S> using Int4 = Quantized<INT4, FloatScale<S>>;
-template <typename S> using Int4Point = Quantized<UINT4, FloatScale<S>, ZeroPoint<S>>;
-template <typename S> using Int4Packed = Quantized<UINT4, FloatScale<S>, PackedZero<4>>;
-template <typename S> using Int4Bias = Quantized<UINT4, FloatScale<S>, Bias<S>>;
-template <typename S> using Int8 = Quantized<INT8, FloatScale<S>>;
-template <typename S> using Uint8Point = Quantized<UINT8, FloatScale<S>, ZeroPoint<S>>;
-template <typename S> using Uint8Packed = Quantized<UINT8, FloatScale<S>, PackedZero<8>>;
-template <typename S> using Uint8Bias = Quantized<UINT8, FloatScale<S>, Bias<S>>;
-template <typename S> using Fp8E4m3 = Quantized<FP8E4M3, FloatScale<S>>;
-template <typename S> using Fp8E5m2 = Quantized<FP8E5M2, FloatScale<S>>;
-typedef Quantized<FP4, E8M0> Mxfp4;
-typedef Quantized<FP4, E4M3, TensorScale> Nvfp4;
+// The bound lets assemblers give a thread as many registers as so many threads leave it.
+#define ENTRY(entry, threads, ...)                                                                             \
+    template <typename W, typename T, typename Schedule>                                                     \
+    [[kernel, max_total_threads_per_threadgroup(threads)]] void entry(                                       \
+        device const T* x [[buffer(0)]], device const uint* codes [[buffer(1)]],                             \
+        device const typename W::S* scales [[buffer(2)]], device const typename W::Bound* extra [[buffer(3)]], \
+        device T* y [[buffer(4)]], constant GemmShape& shape [[buffer(5)]],                                  \
+        uint3 tgid [[threadgroup_position_in_grid]], uint sgid [[simdgroup_index_in_threadgroup]],           \
+        uint lane [[thread_index_in_simdgroup]] __VA_ARGS__) {                                               \
+        typedef Gemm<W, T, Schedule, NoEpilogue> Core;                                                       \
+        threadgroup typename Core::Shared sh;                                                                \
+        Core::run(GemmArguments<W, T>(x, codes, scales, extra, y, shape), GemmPlace{tgid, sgid, lane}, sh,   \
+                  NoEpilogue());                                                                             \
+    }
+ENTRY(marlin_gemm, 128)
+ENTRY(marlin_gemm_256, 256)
+ENTRY(marlin_gemm_512, 512)
+ENTRY(marlin_gemm_map, 256, , constant TensorMap& x_map [[buffer(6)]])
 
 // Scales of a float type: W is a template of it. z: what follows the other keys, and first where there is none.
 #define ROWS(name, W, Schedule, first, z)                                                                    \
@@ -90,32 +65,37 @@ ROWS("marlin_gemm_int8", Int8, DoubleStage, "", "")
 ROWS("marlin_gemm_uint8", Uint8Point, DoubleStage, "__zpoint", "_zpoint")
 ROWS("marlin_gemm_uint8", Uint8Packed, DoubleStage, "__zpacked", "_zpacked")
 ROWS("marlin_gemm_uint8", Uint8Bias, DoubleStage, "__zbias", "_zbias")
-ROWS("marlin_gemm_fp8_e4m3", Fp8E4m3, DoubleStage, "", "")
-ROWS("marlin_gemm_fp8_e5m2", Fp8E5m2, DoubleStage, "", "")
+ROWS("marlin_gemm_fp8_e4m3", Fp8E4M3, DoubleStage, "", "")
+ROWS("marlin_gemm_fp8_e5m2", Fp8E5M2, DoubleStage, "", "")
 
-// Asynchronous copies; m: tokens of a threadgroup.
-typedef FewTokens<8, 32, 6> Few8;
-typedef FewTokens<16, 32, 5> Few16;
-typedef FewTokens<32, 32, 4> Few32;
-typedef ManyTokens<32, 64, 6> Many32;
-typedef ManyTokens<64, 64, 5> Many64;
-typedef ManyTokens<128, 128, 6> Many128;
-typedef ManyTokens<256, 128, 5> Many256;
-#define ASYNC(name, W, S, T, keys)                                                                           \
-    INSTANTIATE(name "_async__" keys "m8", marlin_gemm_async<W, T, Few8>)                                    \
-    INSTANTIATE(name "_async__" keys "m16", marlin_gemm_async<W, T, Few16>)                                  \
-    INSTANTIATE(name "_async__" keys "m32", marlin_gemm_async<W, T, Few32>)                                  \
-    INSTANTIATE(name "_async_deep__" keys "m32", marlin_gemm_async<W, T, Many32>)                            \
-    INSTANTIATE(name "_async_deep__" keys "m64", marlin_gemm_async<W, T, Many64>)                            \
-    INSTANTIATE(name "_async_deep__" keys "m128", marlin_gemm_async<W, T, Many128>)                          \
-    INSTANTIATE(name "_async_deep__" keys "m256", marlin_gemm_async<W, T, Many256>)
-#define ROWS_ASYNC(name, W, z)                                                                               \
-    ASYNC(name, W<half>, half, half, z)                                                                      \
-    ASYNC(name, W<bfloat>, bfloat, bfloat, "tbf16_" z)
+// Tiles with asynchronous copies; m: rows of W and tokens of a threadgroup.
+#define FEW(name, rows, tokens, threads, W, T)                                                               \
+    INSTANTIATE(name "m" #rows "x" #tokens,                                                                  \
+                marlin_gemm_##threads<W, T, FewTokens<rows, tokens, threads / 32, 8>>)
+#define MANY(name, rows, tokens, depth, W, T)                                                                \
+    INSTANTIATE(name "m" #rows "x" #tokens, marlin_gemm_map<W, T, ManyTokens<rows, tokens, depth>>)
+#define TILES(name, W, T)                                                                                    \
+    FEW(name, 16, 8, 512, W, T)                                                                               \
+    FEW(name, 32, 8, 512, W, T)                                                                               \
+    FEW(name, 64, 8, 256, W, T)                                                                               \
+    FEW(name, 112, 8, 256, W, T)                                                                              \
+    FEW(name, 16, 16, 512, W, T)                                                                              \
+    FEW(name, 32, 16, 512, W, T)                                                                              \
+    FEW(name, 64, 16, 256, W, T)                                                                              \
+    FEW(name, 112, 16, 256, W, T)                                                                              \
+    FEW(name, 16, 32, 256, W, T)                                                                               \
+    FEW(name, 32, 32, 256, W, T)                                                                               \
+    MANY(name, 64, 64, 6, W, T)                                                                              \
+    MANY(name, 64, 128, 5, W, T)                                                                             \
+    MANY(name, 128, 128, 6, W, T)                                                                            \
+    MANY(name, 128, 256, 5, W, T)
+#define ROWS_TILES(name, W, z)                                                                               \
+    TILES(name "__" z, W<half>, half)                                                                        \
+    TILES(name "__tbf16_" z, W<bfloat>, bfloat)
 
-ROWS_ASYNC("marlin_gemm_fp4", Fp4, "")
-ROWS_ASYNC("marlin_gemm_int4", Int4, "")
-ROWS_ASYNC("marlin_gemm_int4", Int4Point, "zpoint_")
-ROWS_ASYNC("marlin_gemm_int4", Int4Packed, "zpacked_")
-ROWS_ASYNC("marlin_gemm_int4", Int4Bias, "zbias_")
-ROWS_ASYNC("marlin_gemm_int8", Int8, "")
+ROWS_TILES("marlin_gemm_fp4", Fp4, "")
+ROWS_TILES("marlin_gemm_int4", Int4, "")
+ROWS_TILES("marlin_gemm_int4", Int4Point, "zpoint_")
+ROWS_TILES("marlin_gemm_int4", Int4Packed, "zpacked_")
+ROWS_TILES("marlin_gemm_int4", Int4Bias, "zbias_")
+ROWS_TILES("marlin_gemm_int8", Int8, "")

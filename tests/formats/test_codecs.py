@@ -200,7 +200,9 @@ def test_bad_input() -> None:
         (lambda: form.encode(w, 32, zeros="packed"), "zeros = 'packed'; fp4 takes 'none'"),
         (lambda: form.encode(w, 32, scale_dtype=torch.float64), r"scale_dtype = torch\.float64"),
         (lambda: form.encode(w, 32, method="best"), "method = 'best'"),
-        (lambda: form.encode(w * 1e6, 32), r"needs a scale beyond torch\.float16"),
+        (lambda: form.encode(w * 1e-8, 32), r"needs a scale below 2\.38419e-07, which torch\.float16"),
+        (lambda: codec("int4").encode(w.abs() * 0 + 1e5, 32, zeros="bias"), r"needs a scale or bias beyond"),
+        (lambda: form.encode(w * 1e6, 32), r"needs a scale or bias beyond torch\.float16"),
     ]
     for call, message in cases:
         with pytest.raises(ArgumentError, match=message):

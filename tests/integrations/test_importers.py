@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
 from metal_marlin.errors import ArgumentError  # noqa: E402
+from metal_marlin.formats import codec  # noqa: E402
 from metal_marlin.integrations import transformers as ours  # noqa: E402
 from metal_marlin.integrations.transformers.importers import import_checkpoint  # noqa: E402
 from metal_marlin.nn.linear import QuantLinear  # noqa: E402
@@ -171,3 +172,55 @@ def test_what_has_no_counterpart_is_named(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     with pytest.raises(ArgumentError, match="exists"):
         import_checkpoint(tmp_path / "a", tmp_path / "b")
+
+
+def folder_of(path: Path, said: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
+    path.mkdir()
+    safetensors.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(said))
+    return path
+
+
+@pytest.mark.parametrize(("K", "group"), [(100, 32), (192, 128), (96, 96)])
+def test_groups_that_do_not_divide(K: int, group: int, tmp_path: Path) -> None:
+    """Codes fill whole words, the last group is shorter; the config says the group size."""
+    rng = torch.Generator().manual_seed(0)
+    q = torch.randint(-8, 8, (6, K), generator=rng)
+    scale = torch.rand(6, -(-K // group), generator=rng).half()
+    words = bits_to_words(torch.nn.functional.pad(q + 8, (0, -K % 8)), 4)
+    tensors = {"a.weight_packed": words, "a.weight_scale": scale, "a.weight_shape": torch.tensor([6, K])}
+    said = compressed("pack-quantized")
+    said["quantization_config"]["config_groups"] = {"group_0": {"weights": {"num_bits": 4, "group_size": group}}}
+    import_checkpoint(folder_of(tmp_path / "a", said, tensors), tmp_path / "b")
+    with safetensors.safe_open(tmp_path / "b" / "model.safetensors", "pt") as file:
+        made = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    layers = json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"]["layers"]
+    size = int(layers["a"].split(":")[1])
+    got = codec("int4").decode(made["a.weight"], made["a.weight_scale"], None, size, "none")[:, :K]
+    assert torch.equal(got, q.double() * scale.double().repeat_interleave(group, 1)[:, :K])
+
+
+def test_damaged_layers_are_named(tmp_path: Path) -> None:
+    words, scales = torch.zeros(8, 8, dtype=torch.int32), torch.ones(8, 2).half()
+    mx = {"quantization": {"bits": 4, "group_size": 32, "mode": "mxfp4"}}
+    packed_said = compressed("pack-quantized")
+    shape = {"a.weight_shape": torch.tensor([8, 64])}
+    wrong: list[tuple[dict[str, Any], dict[str, torch.Tensor], str]] = [
+        (mx, {"a.weight": words, "a.scales": scales}, "a: MLX mode 'mxfp4'"),
+        (packed_said, {"a.weight_packed": words, "a.weight_scale": scales}, r"a\.weight_shape: missing"),
+        (packed_said, {"a.weight_packed": words, "a.weight_scale": scales[0, :1], **shape}, r"scales of shape \(1,\)"),
+        (
+            packed_said,
+            {
+                "a.weight_packed": words,
+                "a.weight_scale": scales,
+                "a.weight_zero_point": torch.ones(8, 2).char(),
+                **shape,
+            },
+            r"a\.weight_zero_point: torch\.int8 \(8, 2\)",
+        ),
+    ]
+    for i, (said, tensors, message) in enumerate(wrong):
+        with pytest.raises(ArgumentError, match=message):
+            import_checkpoint(folder_of(tmp_path / str(i), said, tensors), tmp_path / "b")
+        assert not (tmp_path / "b").exists()

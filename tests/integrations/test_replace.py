@@ -74,7 +74,7 @@ def test_default_preset_and_tied_head() -> None:
         assert r.error == pytest.approx(float(wrong.norm() / weight.double().norm()), rel=1e-4)
         assert r.bytes_before == 4 * weight.numel()
     assert report.bytes_after < 0.3 * report.bytes_before
-    with pytest.raises(ArgumentError, match="nothing to replace"):
+    with pytest.raises(ArgumentError, match="5 linear layers are quantised already"):
         replace_linear_layers(model)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from metal_marlin.integrations import transformers as ours  # noqa: E402
 from metal_marlin.integrations.replace import replace_linear_layers  # noqa: E402
 from metal_marlin.integrations.transformers.config import MetalMarlinConfig  # noqa: E402
 from metal_marlin.integrations.transformers.fusion import Fusion, fuse  # noqa: E402
+from metal_marlin.nn.group import LinearGroup  # noqa: E402
 from metal_marlin.nn.linear import QuantLinear  # noqa: E402
 from metal_marlin.nn.norm import RMSNorm  # noqa: E402
 from metal_marlin.runtime.counters import counters, reset_counters  # noqa: E402
@@ -54,7 +59,7 @@ IDS = torch.arange(22).view(2, 11) * 7 % 300
 
 
 def logits(model: Any, ids: torch.Tensor = IDS, **more: Any) -> torch.Tensor:
-    with torch.inference_mode():
+    with torch.no_grad():
         return model(ids, **more).logits
 
 
@@ -140,6 +145,131 @@ def test_fused_models_compute_the_same(kind: str) -> None:
     assert fuse(model) == Fusion(0, 0, 0)
 
 
+def test_rules_that_overlap_are_kept_in_order(tmp_path: Path) -> None:
+    source = saved(tiny(), tmp_path / "a")
+    rules = {"layers.1.*": "int8:32", "down_proj": "fp4:64", "*_proj": "fp4:32"}
+    model = load(source, preset="default", per_layer=rules)
+    assert [layer.mlp.down_proj.format for layer in model.model.layers] == ["fp4", "int8"]
+    assert model.model.layers[0].self_attn.v_proj.group_size == 32
+    again = load(saved(model, tmp_path / "b"))
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_replaced_models_are_saved_whole(tmp_path: Path) -> None:
+    model = tiny(tie_word_embeddings=True)
+    replace_linear_layers(model, preset="default", per_layer={"layers.0.*": "int8:32", "*_proj": "fp4:32"})
+    again = load(saved(model, tmp_path))
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)  # one of them is fused
+    with pytest.raises(ArgumentError, match="15 linear layers are quantised already"):
+        replace_linear_layers(again)
+
+
+def test_copies_of_fused_models() -> None:
+    model = tiny()
+    replace_linear_layers(model, preset="default")
+    fuse(model)
+    wanted = logits(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(m.group is None for m in twin.modules() if isinstance(m, QuantLinear))
+        torch.testing.assert_close(logits(twin), wanted, rtol=1e-4, atol=1e-5)
+        twin.model.layers[0].mlp.gate_proj.weight_scale.zero_()
+        assert torch.equal(logits(model), wanted)
+        fuse(twin)
+        assert not torch.allclose(logits(twin), wanted)
+    plain = copy.deepcopy(model).dequantize()
+    torch.testing.assert_close(logits(plain), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_flow_through_fused_models() -> None:
+    model = tiny()
+    replace_linear_layers(model, preset="default")
+    grads = []
+    for _ in range(2):
+        x = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        model(inputs_embeds=x).logits.sum().backward()
+        grads.append(x.grad)
+        fuse(model)
+    assert grads[0].norm() > 0
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-4)
+
+
+def test_groups_do_not_give_what_is_out_of_date() -> None:
+    torch.manual_seed(0)
+    layers = [QuantLinear.from_linear(torch.nn.Linear(64, n, bias=False)) for n in (32, 48)]
+    LinearGroup(layers)
+    with torch.no_grad():
+        x = torch.randn(2, 64)
+        layers[0](x)
+        x.mul_(0)
+        assert not layers[1](x).any()
+        x = torch.randn(2, 64)
+        layers[0](x)
+        layers[1].weight_scale.zero_()
+        assert not layers[1](x).any()
+    with torch.inference_mode():
+        x = torch.randn(2, 64)
+        assert layers[0](x).any()
+        x.mul_(0)
+        assert not layers[0](x).any()
+
+
+def test_groups_are_safe_for_threads() -> None:
+    torch.manual_seed(0)
+    layers = [QuantLinear.from_linear(torch.nn.Linear(64, n, bias=False)) for n in (32, 48)]
+    xs = [torch.randn(1, 64) for _ in range(3)]
+    with torch.no_grad():
+        wanted = [[layer(x) for layer in layers] for x in xs]
+    LinearGroup(layers)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+
+    def work(i: int) -> bool:
+        with torch.no_grad():
+            pairs = list(zip(layers, wanted[i], strict=True))
+            return all(torch.equal(layer(xs[i]), y) for _ in range(500) for layer, y in pairs)
+
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            assert all(pool.map(work, range(3)))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("change", ["multiplier", "activation"])
+def test_other_mlps_are_left_alone(change: str) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    class Other(LlamaMLP):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down_proj(self.act_fn(0.5 * self.gate_proj(x)) * self.up_proj(x))
+
+    torch.manual_seed(0)
+    config = tiny().config
+    mlp = Other(config) if change == "multiplier" else LlamaMLP(config)
+    if change == "activation":
+        mlp.act_fn = torch.nn.Mish()
+    model = torch.nn.Sequential(mlp)
+    replace_linear_layers(model)
+    x = torch.randn(2, config.hidden_size)
+    with torch.no_grad():
+        wanted = model(x)
+        assert fuse(model).mlps == 0
+        torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_offloaded_models_are_not_fused(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    source = saved(load(saved(tiny(tie_word_embeddings=False), tmp_path / "a"), preset="default"), tmp_path / "b")
+    wanted = logits(load(source))
+    places = {f"model.{name}": "cpu" for name in ("embed_tokens", "layers.0", "norm", "rotary_emb")}
+    places |= {"model.layers.1": "disk", "lm_head": "cpu"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, device_map=places, offload_folder=str(tmp_path / "off")
+    )
+    for _ in range(2):
+        torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_fusion_saves_launches() -> None:
     model = tiny()
     replace_linear_layers(model, preset="default")
@@ -167,6 +297,13 @@ def test_moving_a_fused_model_takes_it_apart() -> None:
 def test_the_config(tmp_path: Path) -> None:
     config = MetalMarlinConfig(preset="default", per_layer={"o_proj": "int8"})
     assert config.per_layer == {"o_proj": "int8", "down_proj": "int8:64", "v_proj": "int8:64", "lm_head": "int8:64"}
+    config = MetalMarlinConfig(preset="default", per_layer={"layers.1.*": "int8:32", "down_proj": "fp4:64"})
+    assert list(config.per_layer.items())[:2] == [("layers.1.*", "int8:32"), ("down_proj", "fp4:64")]
+    assert list(MetalMarlinConfig.from_dict(config.to_dict()).per_layer) == list(config.per_layer)
+    with pytest.raises(ArgumentError, match="foo"):
+        MetalMarlinConfig(per_layer={"down_proj": "foo"})
+    with pytest.raises(ArgumentError, match="'nonsense' matches no linear layer"):
+        load(saved(tiny(), tmp_path / "plain"), per_layer={"nonsense": "int8"})
     assert MetalMarlinConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
     with pytest.raises(ArgumentError, match="format = 'int5'"):
         MetalMarlinConfig(format="int5")

@@ -19,17 +19,23 @@ def make(K: int = 96, N: int = 24, bias: bool = True, format: str = "fp4") -> tu
     return layer, QuantLinear.from_linear(layer, format)
 
 
+DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("format", ["fp4", "int8", "uint8", "nvfp4"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("K", [96, 83])
-def test_forward(format: str, bias: bool, K: int) -> None:
+def test_forward(format: str, bias: bool, K: int, device: str) -> None:
     layer, quant = make(K, 24, bias, format)
     weight = quant.quantized().dequantize(torch.float64)
+    quant = quant.to(device)
+    torch.testing.assert_close(quant.quantized().dequantize(torch.float32).cpu(), weight.float())
     for shape in ((K,), (1, K), (2, 3, K), (20, K)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         expected = x.double() @ weight.T + (layer.bias.detach().double() if bias else 0)
-        torch.testing.assert_close(quant(x).double(), expected, rtol=1e-4, atol=1e-4)
-    turned = torch.randn(K, 3).T
+        torch.testing.assert_close(quant(x.to(device)).cpu().double(), expected, rtol=1e-4, atol=1e-4)
+    turned = torch.randn(K, 3, device=device).T
     torch.testing.assert_close(quant(turned), quant(turned.contiguous()))
 
 

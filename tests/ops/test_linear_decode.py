@@ -417,7 +417,7 @@ def test_reference_is_the_product() -> None:
             r"scales have shape \(10, 1\); N = 10, K = 128, group_size = 32 need \(10, 4\)",
         ),
         (lambda x, c, s: (x, c, s[:9], 128), r"scales have shape \(9, 1\); N = 10"),
-        (lambda x, c, s: (x.double(), c, s, 128), "x is torch.float64"),
+        (lambda x, c, s: (x.double(), c, s, 128), "dtype is torch.float64"),
         (lambda x, c, s: (x, c, s.double(), 128), "scales is torch.float64"),
         (lambda x, c, s: (x, c.long(), s, 128), "codes: tensor is torch.int64"),
         (lambda x, c, s: (x.T.contiguous().T, c, s, 128), r"x: tensor of shape \(2, 128\) with strides"),
@@ -444,10 +444,10 @@ def test_bad_kernel_and_output() -> None:
         ("fp5", "none", lambda e: e, "format = 'fp5'"),
         ("int4", "half", lambda e: e, "zeros = 'half'; int4 takes 'none', 'point', 'packed', 'bias'"),
         ("fp4", "point", lambda e: e, "zeros = 'point'; fp4 takes 'none'"),
-        ("int4", "point", lambda e: None, r"extra is nothing; int4 with zeros 'point' needs torch.float16 \(10, 2\)"),
+        ("int4", "point", lambda e: None, r"extra is None; int4 with zeros = 'point' needs torch.float16 \(10, 2\)"),
         ("int4", "point", lambda e: e.float(), r"extra is torch.float32 \(10, 2\); int4 with"),
         ("int4", "packed", lambda e: e, r"needs torch.int32 \(10, 1\)"),
-        ("int4", "none", lambda e: e, "int4 needs nothing"),
+        ("int4", "none", lambda e: e, "int4 with zeros = 'none' needs None"),
     ],
 )
 def test_bad_format(form: str, zeros: str, change: object, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +15,11 @@ from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec
 from metal_marlin.msl.target import Target
 from metal_marlin.ops.marlin_gemm import (
-    ASYNC,
-    ASYNC_FORMATS,
     CASES,
     FAMILY,
     OP,
+    TILE_FORMATS,
+    TILES,
     VARIANTS,
     Case,
     Plan,
@@ -146,17 +147,17 @@ def test_every_row(case: Case, variant: str) -> None:
 
 
 def tile_cases() -> list[object]:
-    """Every tile of the rows with asynchronous copies: tails of all three sizes, scales of every kind of group."""
+    """Every tile: tails of all three sizes, scales of every kind of group."""
     found: list[object] = []
-    for variant, m in ASYNC:
-        rows = ASYNC[variant, m][0]
-        for name, zeros in [(f, z) for f, z in KINDS if f in ASYNC_FORMATS]:
+    for tile in TILES.values():
+        rows, m = tile.rows, tile.tokens
+        for name, zeros in [(f, z) for f, z in KINDS if f in TILE_FORMATS]:
             for dtype in (torch.float16, torch.bfloat16):
                 shapes = [(m, rows, 512, 128), (m - 1, rows + 1, 96, 32), (2 * m + 1, 3 * rows - 7, 1184, 16)]
                 shapes += [(1, 4 * rows, 2048, 64), (min(m, 40), 8, 4128, 4128), (m // 2 + 1, 1, 32, 32)]
                 for M, N, K, group in shapes:
                     case = Case(M, N, K, group, dtype, None, name, zeros)
-                    found.append(pytest.param(case, f"{variant}__m{m}", id=f"{case}{variant}-m{m}"))
+                    found.append(pytest.param(case, f"__m{tile}", id=f"{case}-m{tile}"))
     return found
 
 
@@ -179,15 +180,17 @@ def test_plans_on_hopper() -> None:
     def of(M: int, N: int = 4096, **options: object) -> Plan:
         return plan(M, N, torch.float16, torch.float16, "cuda", hopper=True, **options)  # type: ignore[arg-type]
 
-    rows = {8: "_async__m8", 9: "_async__m16", 32: "_async__m32", 64: "_async_deep__m32", 128: "_async_deep__m64"}
-    rows |= {512: "_async_deep__m128", 4096: "_async_deep__m256"}
-    assert {M: of(M).kernel for M in rows} == {M: f"marlin_gemm_fp4{row}" for M, row in rows.items()}
+    rows = {8: "32x8", 9: "32x16", 32: "32x32", 64: "64x64", 128: "64x64", 512: "128x128", 4096: "128x256"}
+    assert {M: of(M).kernel for M in rows} == {M: f"marlin_gemm_fp4__m{tile}" for M, tile in rows.items()}
+    assert of(8, 14336).kernel == "marlin_gemm_fp4__m112x8"
     assert of(128).threadgroups == (64, 2)
     assert of(64, aligned=False).kernel == "marlin_gemm_fp4"
     with pytest.raises(ArgumentError, match="K % 32 = 0"):
-        of(64, aligned=False, kernel="marlin_gemm_fp4_async__m16")
+        of(64, aligned=False, kernel="marlin_gemm_fp4__m32x16")
     with pytest.raises(ArgumentError, match=r"compute capability 9\.0"):
-        plan(64, 64, torch.float16, torch.float16, "cuda", kernel="marlin_gemm_fp4_async__m16")
+        plan(64, 64, torch.float16, torch.float16, "cuda", kernel="marlin_gemm_fp4__m128x128")
+    with pytest.raises(ArgumentError, match="tiles of marlin_gemm_fp4 are 16x8"):
+        of(64, kernel="marlin_gemm_fp4__m7x7")
 
 
 @pytest.mark.parametrize(("case", "variant"), tile_cases()[::41])
@@ -212,10 +215,10 @@ def test_rows_are_what_plans_name() -> None:
         for s in codec(name).scale_dtypes
     }
     names |= {
-        plan(9, 64, d, d, "cpu", name, zeros, 1, f"marlin_gemm_{name}{variant}__m{m}").kernel
+        plan(9, 64, d, d, "cpu", name, zeros, 1, f"marlin_gemm_{name}__m{tile}").kernel
         for name, zeros in KINDS
-        if name in ASYNC_FORMATS
-        for variant, m in ASYNC
+        if name in TILE_FORMATS
+        for tile in TILES
         for d in (torch.float16, torch.bfloat16)
     }
     assert names == set(MetalKernelLibrary(FAMILY, device="cpu").kernels)
@@ -280,7 +283,7 @@ def test_compiles_for_other_targets(target: str, most: int) -> None:
     for name in library.kernels[:: 12 if most else 24]:
         row = library.compile(name)
         assert row.binary
-        assert not most or row.meta.threadgroup_bytes <= (227 if "_async" in name else most) << 10
+        assert not most or row.meta.threadgroup_bytes <= (227 if re.search("_m[0-9]", name) else most) << 10
 
 
 @pytest.mark.parametrize("kernel", ["marlin_gemm_fp4", "marlin_gemm_fp4__tf32", "marlin_gemm_int8__tbf16"])
@@ -430,7 +433,7 @@ def test_reference_is_the_product(name: str, zeros: str) -> None:
             lambda x, c, s: (x, c, s, 32),
             r"scales have shape \(10, 1\); N = 10, K = 128, group_size = 32 need \(10, 4\)",
         ),
-        (lambda x, c, s: (x.double(), c, s, 128), "x is torch.float64"),
+        (lambda x, c, s: (x.double(), c, s, 128), "dtype is torch.float64"),
         (lambda x, c, s: (x, c, s.double(), 128), "scales is torch.float64; fp4 takes"),
         (lambda x, c, s: (x, c.long(), s, 128), "codes: tensor is torch.int64"),
         (lambda x, c, s: (x.T.contiguous().T, c, s, 128), r"x: tensor of shape \(2, 128\) with strides"),
@@ -456,7 +459,7 @@ def test_bad_input(change: object, message: str) -> None:
         ),
         (
             {"kernel": "marlin_gemm_fp4_4stage"},
-            "kernel is 'marlin_gemm_fp4_4stage'; of fp4 there are marlin_gemm_fp4, ",
+            "kernel is 'marlin_gemm_fp4_4stage'; fp4 has marlin_gemm_fp4, ",
         ),
         ({"out": torch.empty(2, 11)}, r"out is torch.float32 \(2, 11\); needs torch.float16 \(2, 10\)"),
     ],

@@ -50,6 +50,32 @@ def test_rms_norm(case: Case, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients(dtype: torch.dtype, device: str) -> None:
+    rng = torch.Generator().manual_seed(3)
+    x, r, w, b = (torch.randn(s, generator=rng).to(dtype) for s in ((3, 40), (3, 40), (40,), (40,)))
+    g, h = torch.randn(3, 40, generator=rng).to(dtype), torch.randn(3, 40, generator=rng).to(dtype)
+    rms = lambda x, w: torch.nn.functional.rms_norm(x, (40,), w, 1e-5)  # noqa: E731
+    layer = lambda x, w, b: torch.nn.functional.layer_norm(x, (40,), w, b, 1e-5)  # noqa: E731
+    ways = [
+        (lambda x, w: rms_norm(x, w, 1e-5), rms, (x, w), (g,)),
+        (lambda x, w, b: layer_norm(x, w, b, 1e-5), layer, (x, w, b), (g,)),
+        (lambda x, r, w: rms_norm_residual(x, r, w, 1e-5), lambda x, r, w: (rms(x + r, w), x + r), (x, r, w), (g, h)),
+    ]
+    for ours, theirs, inputs, grads in ways:
+        got = [t.detach().clone().to(device).requires_grad_() for t in inputs]
+        made = ours(*got)
+        torch.autograd.backward(made if isinstance(made, tuple) else (made,), [t.to(device) for t in grads])
+        want = [t.double().requires_grad_() for t in inputs]
+        made = theirs(*want)
+        torch.autograd.backward(made if isinstance(made, tuple) else (made,), [t.double() for t in grads])
+        for a, e in zip(got, want, strict=True):
+            assert a.grad is not None
+            assert a.grad.dtype == dtype
+            torch.testing.assert_close(a.grad.cpu().double(), e.grad, rtol=4 * ROUNDING[dtype], atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_layer_norm(case: Case, biased: bool, device: str) -> None:

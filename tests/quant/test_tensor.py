@@ -69,6 +69,12 @@ def test_values_that_are_not_finite(bad: float, said: str) -> None:
         quantize(weight)
 
 
+def test_no_rows() -> None:
+    for format in ("fp4", "nvfp4", "int4"):
+        q = quantize(torch.empty(0, 64), format)
+        assert q.dequantize(torch.float32).shape == (0, 64)
+
+
 def test_bad_arguments() -> None:
     for weight, options, said in [
         (torch.zeros(8), {}, r"shape \(8,\)"),

@@ -55,7 +55,9 @@ class _Tensors:
         return name in self._home
 
     def take(self, name: str) -> torch.Tensor:
-        """A tensor that has now been dealt with."""
+        """A tensor that has now been dealt with. Raises ArgumentError where there is none."""
+        if name not in self._home:
+            raise ArgumentError(f"{name}: missing in the safetensors files")
         self.left.discard(name)
         return self._home[name].get_tensor(name)
 
@@ -132,7 +134,8 @@ def _converted(
             found.layers[layer] = write_spec(weight.format, weight.group_size, weight.zeros, weight.scales.dtype)
             yield from weight.tensors(f"{layer}.").items()
     for name in sorted(tensors.left):
-        if name.endswith(("_blocks", "_scales", ".weight_g_idx", ".g_idx")):
+        experts = name.endswith(("_blocks", "_scales")) and f"{name.rpartition('_')[0]}_blocks" in tensors
+        if experts or name.endswith((".weight_g_idx", ".g_idx")):
             raise ArgumentError(f"{name}: experts and reordered groups have no counterpart here yet")
         found.copied += 1
         yield name, tensors.take(name)
@@ -141,12 +144,26 @@ def _converted(
 
 
 def _made(
-    codes: torch.Tensor, scales: torch.Tensor, extra: torch.Tensor | None, format: str, zeros: str, where: str
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    extra: torch.Tensor | None,
+    format: str,
+    zeros: str,
+    where: str,
+    K: int | None = None,
+    said: Any = None,
 ) -> QuantizedTensor:
-    K = codes.shape[1] * codec(format).per_word
-    group, rest = divmod(K, scales.shape[1])
+    """K: the logical one, None where codes hold no more. said: the group size of the checkpoint's config, if any."""
+    if scales.ndim != 2 or scales.shape[0] != codes.shape[0]:
+        raise ArgumentError(f"{where}: scales of shape {tuple(scales.shape)}; {codes.shape[0]} rows need [N, groups]")
+    padded = codes.shape[1] * codec(format).per_word
+    K = padded if K is None else K
+    groups = int(scales.shape[1])
+    group, rest = (padded, 0) if groups == 1 else divmod(K, groups)
+    if isinstance(said, int) and said > 0 and -(-K // said) == groups:
+        group, rest = (padded if groups == 1 else said), 0
     if rest:
-        raise ArgumentError(f"{where}: {scales.shape[1]} groups do not divide K = {K}")
+        raise ArgumentError(f"{where}: {groups} groups do not divide K = {K}, and its group size is not said")
     try:
         return QuantizedTensor(codes, scales, extra, format, group, zeros, (codes.shape[0], K))
     except ArgumentError as error:
@@ -155,7 +172,10 @@ def _made(
 
 def _mlx(tensors: _Tensors, layer: str, settings: dict[str, Any]) -> QuantizedTensor:
     own = settings.get(layer)
-    bits = int((own if isinstance(own, dict) else settings).get("bits", 4))
+    own = own if isinstance(own, dict) else settings
+    bits, mode = int(own.get("bits", 4)), own.get("mode", "affine")
+    if mode != "affine":
+        raise ArgumentError(f"{layer}: MLX mode {mode!r} has no counterpart here; affine has")
     formats = {4: "int4", 8: "uint8"}
     if bits not in formats:
         raise ArgumentError(f"{layer}: {bits} bits; MLX checkpoints of 4 and 8 bits have a counterpart here")
@@ -169,20 +189,27 @@ def _packed(tensors: _Tensors, layer: str, settings: dict[str, Any]) -> Quantize
         raise ArgumentError(f"{layer}.weight_g_idx: reordered groups have no counterpart here")
     codes, scales = tensors.take(f"{layer}.weight_packed"), tensors.take(f"{layer}.weight_scale")
     N, K = (int(n) for n in tensors.take(f"{layer}.weight_shape"))
-    bits = codes.shape[1] * 32 // K
-    if codes.shape[1] * 32 != bits * K or bits not in (4, 8):
+    bits = next((b for b in (4, 8) if codes.shape[1] == -(-K * b // 32)), 0)
+    if not bits:
         raise ArgumentError(f"{layer}: {codes.shape[1]} words for K = {K}; 4 and 8 bits have a counterpart here")
+    schemes = [scheme.get("weights") or {} for scheme in (settings.get("config_groups") or {}).values()]
+    said = next((s.get("group_size") for s in schemes if s.get("num_bits", bits) == bits), None)
     name = f"{layer}.weight_zero_point"
     form = codec("int4" if bits == 4 else "uint8")
     if name in tensors:  # packed along N
-        by_group = form.unpack(tensors.take(name).T.contiguous())[:, :N].T
+        points = tensors.take(name)
+        if points.dtype != torch.int32 or points.ndim != 2:
+            raise ArgumentError(
+                f"{name}: {points.dtype} {tuple(points.shape)}; needs int32 [N / {form.per_word}, groups]"
+            )
+        by_group = form.unpack(points.T.contiguous())[:, :N].T
         padding = -by_group.shape[1] % form.per_word
         zeros = form.pack(torch.nn.functional.pad(by_group, (0, padding)))
-        return _made(codes, scales, zeros, form.name, "packed", layer)
+        return _made(codes, scales, zeros, form.name, "packed", layer, K, said)
     if bits == 4:
-        return _made(codes, scales, None, "int4", "none", layer)
+        return _made(codes, scales, None, "int4", "none", layer, K, said)
     flipped = codes ^ torch.tensor(-0x7F7F7F80, dtype=torch.int32)  # offset 128 is two's complement's first bit
-    return _made(flipped, scales, None, "int8", "none", layer)
+    return _made(flipped, scales, None, "int8", "none", layer, K, said)
 
 
 def _nvfp4(tensors: _Tensors, layer: str, settings: dict[str, Any]) -> QuantizedTensor:

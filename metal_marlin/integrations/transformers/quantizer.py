@@ -11,8 +11,8 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 
 from metal_marlin.errors import ArgumentError
-from metal_marlin.integrations.replace import dequantize_linear_layers, layer_specs
-from metal_marlin.integrations.transformers.config import METHOD, MetalMarlinConfig, read_spec
+from metal_marlin.integrations.replace import dequantize_linear_layers, layer_specs, matches
+from metal_marlin.integrations.transformers.config import METHOD, MetalMarlinConfig, read_spec, write_spec
 from metal_marlin.integrations.transformers.fusion import fuse
 from metal_marlin.nn.linear import QuantLinear
 from metal_marlin.quant.rtn import quantize
@@ -51,6 +51,9 @@ class MetalMarlinQuantizer(HfQuantizer):
                 _swap(model, name, *read_spec(spec))
             return model
         specs = layer_specs(model, config.format, config.group_size, config.skip, config.per_layer)
+        for pattern in config.given:
+            if not any(matches(name, pattern) for name in specs):
+                raise ArgumentError(f"per_layer: {pattern!r} matches no linear layer")
         tied = _tied_layers(model)
         for name, (format, group) in specs.items():
             if name in tied and not self.pre_quantized:  # its weight is the embedding's, which stays: after loading
@@ -75,12 +78,13 @@ class MetalMarlinQuantizer(HfQuantizer):
             untie(model)
         if config.dequantize and self.pre_quantized:
             dequantize_linear_layers(model, model.dtype)
-        elif config.fuse:
+        elif config.fuse and not _has_offloads(kwargs.get("device_map") or getattr(model, "hf_device_map", None)):
             fuse(model)
         return model
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        dequantize_linear_layers(model, dtype or torch.float32)
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        said = str(dtype or torch.float32).removeprefix("torch.")  # a config may hold its name
+        dequantize_linear_layers(model, getattr(torch, said))
         return model
 
     def is_serializable(self) -> bool:
@@ -93,6 +97,29 @@ class MetalMarlinQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _has_offloads(device_map: Any) -> bool:
+    """Whether weights wait elsewhere until they are used."""
+    places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
+    return "disk" in places or ("cpu" in places and len(places) > 1)
+
+
+def attach(model: Any) -> None:
+    """Give a transformers model whose layers were replaced what ``save_pretrained`` and a later load need; take it from
+    one that has no layers of ours."""
+    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)}
+    if not layers:
+        model.hf_quantizer = None
+        model.config.__dict__.pop("quantization_config", None)
+        return
+    config = MetalMarlinConfig(
+        layers={n: write_spec(m.format, m.group_size, m.zeros, m.weight_scale.dtype) for n, m in layers.items()}
+    )
+    if any(name in layers for name in _tied_layers(model)):
+        untie(model)
+    model.hf_quantizer = MetalMarlinQuantizer(config, pre_quantized=True)
+    model.config.quantization_config = config
 
 
 def _swap(

@@ -23,17 +23,9 @@ struct DequantShape {
     long stream;  // y is larger than caches: do not read it into them (cpu)
 };
 
-// What the extra argument points to: where it is never read, the host binds the scales once more.
-template <typename Q, bool kRead = Q::kAffine || Q::Extra::kFactor> struct DequantExtra {
-    typedef typename Q::E type;
-};
-template <typename Q> struct DequantExtra<Q, false> {
-    typedef typename Q::S type;
-};
-
 template <typename Q, typename T> struct DequantArguments {
     typedef typename Q::S S;
-    typedef typename DequantExtra<Q>::type E;
+    typedef typename Q::Bound E;
     device const uint* codes;
     device const S* scales;
     device const E* extra;

@@ -6,7 +6,7 @@
 template <typename Core, typename Q, typename T>
 [[kernel]] void
 dequant(device const uint* codes [[buffer(0)]], device const typename Q::S* scales [[buffer(1)]],
-        device const typename DequantExtra<Q>::type* extra [[buffer(2)]], device T* y [[buffer(3)]],
+        device const typename Q::Bound* extra [[buffer(2)]], device T* y [[buffer(3)]],
         constant DequantShape& shape [[buffer(4)]], uint3 tgid [[threadgroup_position_in_grid]],
         uint3 tid [[thread_position_in_grid]], uint sgid [[simdgroup_index_in_threadgroup]],
         uint lane [[thread_index_in_simdgroup]], uint sgs [[simdgroups_per_threadgroup]]) {

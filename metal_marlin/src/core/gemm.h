@@ -28,16 +28,13 @@ struct GemmShape {
         aligned; // 16-byte loads are possible: K is a multiple of 32, x and codes start at multiples of 16 bytes
 };
 
-// What the extra argument points to: where it is never read, the host binds the scales once more.
-template <typename W, bool kRead = W::kAffine || W::Extra::kFactor> struct GemmExtra {
-    typedef typename W::E type;
-};
-template <typename W> struct GemmExtra<W, false> {
-    typedef typename W::S type;
+// Where x lies, for a device's tensor copy unit: opaque, made by the host (runtime/tensor_map.py); others never read it.
+struct alignas(64) TensorMap {
+    long words[16];
 };
 
 template <typename W, typename T> struct GemmArguments {
-    typedef typename GemmExtra<W>::type E;
+    typedef typename W::Bound E;
     device const T* x;
     device const uint* codes;
     device const typename W::S* scales;
@@ -73,13 +70,19 @@ struct SingleStage {
 struct DoubleStage {
     enum : uint { kStages = 2 };
 };
-// Asynchronous copies, kDepth stages. Devices without them, and float activations, have the two stages above.
-// kRows of W and kTokens of a threadgroup.
-template <uint kTokens_, uint kRows_, uint kDepth_> struct FewTokens {
-    enum : uint { kStages = 2, kTokens = kTokens_, kRows = kRows_, kDepth = kDepth_ };
+// Asynchronous copies, kDepth stages; kRows of W and kTokens of a threadgroup. Devices without such copies have the two
+// stages above.
+template <uint kRows_, uint kTokens_, uint kSimdgroups_, uint kDepth_> struct FewTokens {
+    enum : uint {
+        kStages = 2,
+        kRows = kRows_,
+        kTokens = kTokens_,
+        kSimdgroups = kSimdgroups_,
+        kDepth = kDepth_
+    };
 };
-template <uint kTokens_, uint kRows_, uint kDepth_> struct ManyTokens {
-    enum : uint { kStages = 2, kTokens = kTokens_, kRows = kRows_, kDepth = kDepth_ };
+template <uint kRows_, uint kTokens_, uint kDepth_> struct ManyTokens {
+    enum : uint { kStages = 2, kRows = kRows_, kTokens = kTokens_, kDepth = kDepth_ };
 };
 
 // Epilogues: what becomes of a sum before it is rounded.

@@ -26,17 +26,9 @@ struct GemvShape {
         aligned; // 16-byte loads are possible: of rows of codes and of x, which also start at multiples of 16 bytes
 };
 
-// What the extra argument points to: where it is never read, the host binds the scales once more.
-template <typename Q, bool kRead = Q::kAffine || Q::Extra::kFactor> struct GemvExtra {
-    typedef typename Q::E type;
-};
-template <typename Q> struct GemvExtra<Q, false> {
-    typedef typename Q::S type;
-};
-
 template <typename Q, typename T> struct GemvArguments {
     typedef typename Q::S S;
-    typedef typename GemvExtra<Q>::type E;
+    typedef typename Q::Bound E;
     device const T* x;
     device const uint* codes;
     device const S* scales;

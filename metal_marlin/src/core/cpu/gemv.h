@@ -20,7 +20,8 @@ template <typename Q, typename T, uint kTokens> struct WideGemv {
         kStored = (kBlock / kStep + 1) * Dot::kStored,
         kGroups = kBlock / 16 + 16, // a step reads eight scales, used or not
         kMost = 256,                // rows a pass over K
-        kAhead = 3072               // bytes that are fetched in advance along a row
+        kAhead = 3072,              // bytes that are fetched in advance along a row
+        kNear = 16384               // bytes of kRows rows that are fetched one after another
     };
     struct Shared {
         uint nothing;
@@ -148,8 +149,11 @@ template <typename Q, typename T, uint kTokens> struct WideGemv {
     static void rows(thread const GemvArguments<Q, T>& a, thread const Dot& dot, uint row, uint count,
                      thread const Block& b, thread Pass& pass) {
         const uint words = a.K / kPerWord, width = b.size * 4 / kPerWord, together = kRows * words * 4;
-        // behind the end of these rows it is the next ones, and of short rows some later ones
-        const uint ahead = min(uint(kAhead), width), turns = max(1u, kRows * kAhead / together);
+        // Rows to come are fetched in the order of memory, which the hardware takes further, where they are short enough to
+        // stay in its nearest cache; longer ones each along itself, and behind their end the next ones.
+        const bool near = together <= kNear && b.size == a.K;
+        const uint ahead = min(uint(kAhead), width), next = max(1u, kRows * kAhead / together) * together;
+        const uint apart = near ? 64 : words * 4;
         for (uint r0 = 0; r0 < count; r0 += kRows) {
             device const uint* codes[kRows];
             WideStep<kRows> step;
@@ -164,13 +168,16 @@ template <typename Q, typename T, uint kTokens> struct WideGemv {
             }
             for (uint k = 0; k < b.size; k += kStep) { // one loop, so that a step is compiled once
                 const uint then = k * 4 / kPerWord + ahead;
-                const uint fetch = then < width ? then : then - width + turns * together;
+                device const char* fetch =
+                    (device const char*)codes[0] + (near           ? next + k / kStep * kRows * 64
+                                                    : then < width ? then
+                                                                   : then - width + next);
                 WideBits part[kRows];
 #pragma unroll
                 for (uint r = 0; r < kRows; ++r) {
                     step.codes[r] = codes[r] + k / kPerWord;
                     step.scales[r] = pass.scales[r] + (((b.k + k) >> a.shift) - b.first);
-                    __builtin_prefetch((device const char*)codes[r] + fetch);
+                    __builtin_prefetch(fetch + r * apart);
                 }
                 if (k == b.whole) last(codes, b, step, part);
                 dot.add(step, k == b.whole ? b.last_scales : b.scales, pass.xs[0] + k / kStep * Dot::kStored,

@@ -26,6 +26,11 @@ static inline uint4 shared_load16(uint at) {
                      : "memory");
     return uint4(v[0], v[1], v[2], v[3]);
 }
+static inline uint shared_load4(uint at) {
+    uint v;
+    __asm__ volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+    return v;
+}
 static inline uint2 shared_load8(uint at) {
     uint v[2];
     __asm__ volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(at) : "memory");
@@ -38,8 +43,8 @@ static inline void shared_matrices(uint at, thread uint (&v)[4]) {
                      : "memory");
 }
 
-// To the second-level cache.
-static inline void prefetch(device const void* from) {
-    __asm__ volatile("prefetch.global.L2 [%0];" : : "l"(from));
+// To the first-level cache.
+static inline void prefetch_near(device const void* from) {
+    __asm__ volatile("prefetch.global.L1 [%0];" : : "l"(from));
 }
 #endif

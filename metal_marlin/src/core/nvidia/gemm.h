@@ -7,14 +7,14 @@
 template <typename W, typename T, typename Schedule, typename Epilogue> struct GemmOf {
     typedef TileGemm<W, T, Schedule, Epilogue> type;
 };
-template <typename W, typename T, uint kTokens, uint kRows, uint kDepth, typename Epilogue>
-struct GemmOf<W, T, FewTokens<kTokens, kRows, kDepth>, Epilogue> {
-    typedef FewGemm<W, T, FewTokens<kTokens, kRows, kDepth>, Epilogue> type;
+template <typename W, typename T, uint kRows, uint kTokens, uint kSimdgroups, uint kDepth, typename Epilogue>
+struct GemmOf<W, T, FewTokens<kRows, kTokens, kSimdgroups, kDepth>, Epilogue> {
+    typedef FewGemm<W, T, FewTokens<kRows, kTokens, kSimdgroups, kDepth>, Epilogue> type;
 };
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-template <typename W, typename T, uint kTokens, uint kRows, uint kDepth, typename Epilogue>
-struct GemmOf<W, T, ManyTokens<kTokens, kRows, kDepth>, Epilogue> {
-    typedef WgmmaGemm<W, T, ManyTokens<kTokens, kRows, kDepth>, Epilogue> type;
+template <typename W, typename T, uint kRows, uint kTokens, uint kDepth, typename Epilogue>
+struct GemmOf<W, T, ManyTokens<kRows, kTokens, kDepth>, Epilogue> {
+    typedef WgmmaGemm<W, T, ManyTokens<kRows, kTokens, kDepth>, Epilogue> type;
 };
 #endif
 template <typename W, typename T, typename Schedule, typename Epilogue>

@@ -3,243 +3,289 @@
 #include "core/nvidia/async_copy.h"
 #include "core/nvidia/operand.h"
 
-// Few tokens: a threadgroup takes kBN rows of W and kBM tokens; its simdgroups share the depth of a stage, kBlock each, and
-// add their sums at the end. W as it is stored and x are copied asynchronously, kStages - 1 stages ahead. A dot product
-// does not care in which order k is visited: lane 4 * r + c takes word c of four neighbouring words of rows r and r + 8,
-// whose neighbouring codes are its operands of a matrix step, and the same run of x of token r, one load. Rows of both
-// lie in threadgroup memory as in device memory, with as much behind them as keeps these loads free of bank conflicts.
+// Few tokens, where time is what reading W takes. A threadgroup takes strips of 16 rows of W and kTokens tokens; its
+// simdgroups take turns along K, 64 bytes of each row a turn, and add their sums at the end. Codes pass through a queue
+// of kDepth steps (a strip's turn) in threadgroup memory that belongs to the simdgroup: it keeps enough of W under way
+// without a barrier of the threadgroup. x is read once per threadgroup, straight to where the matrix instruction takes it:
+// with as many rows in a threadgroup as give every multiprocessor one of them, that costs little beside W.
+// Lane 4 * r + c decodes word c of every 16 bytes of rows r and r + 8 and reads the same k of token r: which k a matrix
+// step takes does not matter to a dot product, as long as both operands take the same, and 16 bytes of a row, kStep k, are
+// multiplied at a time, so scales of groups no finer than that multiply sums, not weights.
 template <typename W, typename T, typename Schedule, typename Epilogue> struct FewGemm {
     typedef typename W::Format Format;
     typedef MmaDecode<Format, T> Decode;
     typedef MmaPair<T> Pair;
     typedef GemmArguments<W, T> Arguments;
     enum : uint {
-        kBM = Schedule::kTokens,
-        kBN = Schedule::kRows,
-        kStages = Schedule::kDepth,
-        kSimdgroups = 8,
+        kTokens = Schedule::kTokens,
+        kRows = Schedule::kRows,
+        kSimdgroups = Schedule::kSimdgroups,
+        kDepth = Schedule::kDepth,
         kThreads = kSimdgroups * kSimdWidth,
-        kStrips = kBN / 16,
-        kTiles = kBM / 8,
-        kBlock = 64,
-        kBK = kSimdgroups * kBlock,
+        kStrips = kRows / 16,
+        kTiles = kTokens / 8,
         kPerWord = Format::kPerWord,
         kPairs = kPerWord / 2,
-        kStep = 4 * kPerWord, // k of four words
-        kSteps = kBlock / kStep,
-        kLoads = kSteps / 2,              // of W, two steps each
-        kCodes = kBK * Format::kBits / 8, // bytes of a row and stage
-        kWStride = kCodes + 16,
-        kXStride = 2 * kBK + 8 * kPerWord,
-        kStage = kBN * kWStride + kBM * kXStride,
-        kWCopies = kBN * kCodes / 16 / kThreads,
-        kXCopies = kBM * kBK / 8 / kThreads,
-        kSumStride = kBN + 4
+        kStep = 4 * kPerWord,
+        kTurn = 4 * kStep,
+        kStride = kSimdgroups * kTurn,
+        kRow = 80, // bytes of a row in the queue: 64, and what keeps its readers in different banks
+        kSlot = 16 * kRow,
+        kSumStride = kRows + 4
     };
-    static_assert(kBN * kCodes / 16 % kThreads == 0 && kBM * kBK / 8 % kThreads == 0,
-                  "FewGemm: copies of a thread");
-    static_assert(kSimdgroups * kBM * kSumStride * 4 <= kStages * kStage,
-                  "FewGemm: sums take the place of stages");
     struct alignas(128) Shared {
-        uchar stages[kStages * kStage];
-    };
-    // Of a block and lane: one scale a row, or one for every step.
-    template <bool kFine> struct Scales {
-        enum : uint { kRuns = kFine ? uint(kSteps) : 1 };
-        float scales[kStrips][2][kRuns], offsets[kStrips][2][kRuns];
+        union {
+            uchar queues[kSimdgroups * kDepth * kSlot];
+            float sums[kSimdgroups * kTokens * kSumStride];
+        };
     };
 
-    static void load(thread const Arguments& a, uint first, uint token, uint tid, uint k0, uint stage) {
-#pragma unroll
-        for (uint i = 0; i < kWCopies; ++i) {
-            const uint id = tid + i * kThreads, row = id / (kCodes / 16), chunk = id % (kCodes / 16);
-            const uint k = k0 + chunk * (4 * kPerWord);
-            const bool reads = k < a.K;
-            device const uint* codes = a.codes + ulong(min(first + row, a.N - 1)) * (a.K / kPerWord);
-            AsyncCopy::copy16(stage + row * kWStride + chunk * 16, codes + (reads ? k / kPerWord : 0), reads);
-        }
-        // a row of x takes kBK / 8 threads, kPass rows at a time
-        enum : uint { kPass = kThreads / (kBK / 8) };
-        const uint row = tid / (kBK / 8), chunk = tid % (kBK / 8);
-        const uint to = stage + kBN * kWStride + row * kXStride + chunk * 16;
-        const uint left = max(a.M, token + row) - token - row; // rows of x from the first on
-        const bool inside = k0 + chunk * 8 < a.K;
-        device const T* x = a.x + ulong(token + row) * a.K + k0 + chunk * 8;
-#pragma unroll
-        for (uint i = 0; i < kXCopies; ++i) {
-            const bool reads = inside && i * kPass < left;
-            device const T* from = x + ulong(i * kPass) * a.K;
-            AsyncCopy::copy16(to + i * kPass * kXStride, reads ? from : a.x, reads);
-        }
+    struct Lane {
+        uint row, word;    // of the first strip's rows; kPerWord * c
+        uint to, from;     // where it copies 16 bytes and where it reads its words, in the first slot
+        uint token, id;    // r of its tokens, itself
+        uint tokens;       // of the threadgroup's that are some of M
+        device const T* x; // of the threadgroup's tokens
+    };
+
+    // The same number, but not to the compiler: else it keeps an address of every strip in registers.
+    static uint forgotten(uint v) {
+        __asm__ volatile("" : "+r"(v));
+        return v;
+    }
+    static uint join(T a) { return uint(as_type<ushort>(a)) * 0x10001u; }
+
+    static uint row(thread const Arguments& a, thread const Lane& lane, uint strip, uint h) {
+        return min(lane.row + strip * 16 + h * 8, a.N - 1);
     }
 
-    // Scales of a row lie together: the second-level cache gets them before they are asked for.
-    static void warm(thread const Arguments& a, uint first, uint tid) {
-        const uint row = first + tid / 8, line = 64 / sizeof(typename W::S);
-        if (tid / 8 < kBN && row < a.N) {
-            for (uint g = tid % 8 * line; g < a.groups; g += 8 * line)
-                prefetch(a.scales + ulong(row) * a.groups + g);
+    static void ask(thread const Arguments& a, thread const Lane& lane, uint strip, uint turn, uint slot) {
+        const uint k = turn + 4 * lane.word;
+        const bool reads = k < a.K;
+#pragma unroll
+        for (uint h = 0; h < 2; ++h) {
+            device const uint* codes = a.codes + ulong(row(a, lane, strip, h)) * (a.K / kPerWord);
+            AsyncCopy::copy16(lane.to + slot * kSlot + h * 8 * kRow, codes + (reads ? k / kPerWord : 0), reads);
         }
+        AsyncCopy::commit();
     }
 
-    template <bool kFine>
-    static void fetch(thread const Arguments& a, uint first, uint lane, uint k, thread Scales<kFine>& s) {
-#pragma unroll
-        for (uint strip = 0; strip < kStrips; ++strip) {
+    // Of a step: kRuns scales a row, of as many equal parts of the turn. Where kFine, every lane has those of its words:
+    // w = (code + shift) * scale + offset, all numbers of T; else sums are multiplied by scale, and offset by the sums of x.
+    template <uint kRuns, bool kFine> struct Scales {
+        float scale[2][kRuns], offset[2][kRuns], shift[2][kRuns];
+
+        static Scales of(thread const Arguments& a, thread const Lane& lane, uint strip, uint turn) {
+            Scales s;
 #pragma unroll
             for (uint h = 0; h < 2; ++h) {
-                const typename W::Row row = a.row(min(first + strip * 16 + h * 8 + lane / 4, a.N - 1));
+                const typename W::Row from = a.row(row(a, lane, strip, h));
 #pragma unroll
-                for (uint run = 0; run < Scales<kFine>::kRuns; ++run) {
-                    const uint g = a.group(k + run * kStep + (kFine ? lane % 4 * kPerWord : 0));
-                    s.scales[strip][h][run] = W::Scale::value(row.scales[g]);
-                    if (W::kAffine) s.offsets[strip][h][run] = Middle<W>::offset(row.group(g));
+                for (uint run = 0; run < kRuns; ++run) {
+                    const uint g = a.group(turn + run * (kTurn / kRuns) + (kFine ? lane.word : 0));
+                    s.scale[h][run] = W::Scale::value(from.scales[g]);
+                    if (W::kAffine) {
+                        const typename W::Group group = from.group(g);
+                        s.offset[h][run] = kFine ? group.bias : Middle<W>::offset(group);
+                        s.shift[h][run] = Middle<W>::value - group.zero;
+                    }
+                }
+            }
+            return s;
+        }
+    };
+
+    // Fine scales as T. One need not be a number that T has: it is divided by a power of two, which multiplies the sums.
+    // Lanes 4 * r ... add to the same sums; their largest scale gives the power.
+    struct Factors {
+        uint scale[4], offset[4], shift[4]; // pairs
+        float power;
+
+        template <uint kRuns> static Factors of(thread const Scales<kRuns, true>& s, uint h) {
+            Factors f;
+            uint most = 0;
+#pragma unroll
+            for (uint run = 0; run < kRuns; ++run) {
+                most = max(most, as_type<uint>(s.scale[h][run]) & 0x7f800000u);
+                if (W::kBias) most = max(most, as_type<uint>(s.offset[h][run]) & 0x7f800000u);
+            }
+            most = max(most, simd_shuffle_xor(most, ushort(1)));
+            most = min(max(most, simd_shuffle_xor(most, ushort(2))), 252u << 23);
+            f.power = as_type<float>(most + (1u << 23));
+            const float inverse = as_type<float>((253u << 23) - most);
+#pragma unroll
+            for (uint run = 0; run < kRuns; ++run) {
+                f.scale[run] = join(T(s.scale[h][run] * inverse * Decode::kUnit));
+                if (W::kAffine) f.shift[run] = join(T(s.shift[h][run]));
+                if (W::kBias) f.offset[run] = join(T(s.offset[h][run] * inverse));
+            }
+            return f;
+        }
+        template <uint kRuns> static Factors of(thread const Scales<kRuns, false>&, uint) { return Factors(); }
+
+        uint weight(uint code, uint run) const {
+            if (W::kAffine) code = Pair::plus(code, shift[run]);
+            return W::kBias ? Pair::fma(code, scale[run], offset[run]) : Pair::times(code, scale[run]);
+        }
+    };
+
+    // x of the turn, in the order of pairs: codes i and i + kPerWord / 2 of a word are one.
+    typedef uint Operand[kTiles][4][kPairs];
+    static void operands(thread const Arguments& a, thread const Lane& lane, uint turn, thread Operand& x) {
+#pragma unroll
+        for (uint tile = 0; tile < kTiles; ++tile) {
+            const uint m = tile * 8 + lane.token;
+#pragma unroll
+            for (uint word = 0; word < 4; ++word) {
+                const uint k = turn + word * kStep + lane.word;
+                const bool reads = m < lane.tokens && k < a.K;
+                uint v[kPairs];
+                if (kPerWord == 8) {
+                    uint4 from = 0;
+                    if (reads) from = *(device const uint4*)(lane.x + (m * a.K + k));
+                    v[0] = from.x, v[1] = from.y, v[kPairs - 2] = from.z, v[kPairs - 1] = from.w;
+                } else {
+                    uint2 from = 0;
+                    if (reads) from = *(device const uint2*)(lane.x + (m * a.K + k));
+                    v[0] = from.x, v[1] = from.y;
+                }
+#pragma unroll
+                for (uint i = 0; i < kPairs; i += 2) {
+                    x[tile][word][i] = mma_permute(v[i / 2], v[kPairs / 2 + i / 2], 0x5410);
+                    x[tile][word][i + 1] = mma_permute(v[i / 2], v[kPairs / 2 + i / 2], 0x7632);
                 }
             }
         }
     }
 
-    static uint join(T a) { return uint(as_type<ushort>(a)) * 0x10001u; }
-
-    // Scales that multiply weights, which are rounded to T as they are when dequantised. A scale need not be a number
-    // that T has: it is divided by a power of two, which multiplies the sums. Lanes 4 * r ... add to the same sums.
-    template <bool kFine>
-    static float factors(thread const Scales<kFine>& s, uint strip, uint h, thread uint (&scales)[kSteps],
-                         thread uint (&offsets)[kSteps]) {
-        uint most = 0;
+    // x of a turn to the first-level cache.
+    static void warm(thread const Arguments& a, thread const Lane& lane, uint turn) {
+        enum : uint { kLines = kTurn * sizeof(T) / 128 };
 #pragma unroll
-        for (uint run = 0; run < kSteps; ++run) {
-            most = max(most, as_type<uint>(s.scales[strip][h][run]) & 0x7f800000u);
-            if (W::kAffine) most = max(most, as_type<uint>(s.offsets[strip][h][run]) & 0x7f800000u);
-        }
-        most = max(most, simd_shuffle_xor(most, ushort(1)));
-        most = min(max(most, simd_shuffle_xor(most, ushort(2))), 252u << 23);
-        const float inverse = as_type<float>((253u << 23) - most);
-#pragma unroll
-        for (uint run = 0; run < kSteps; ++run) {
-            scales[run] = join(T(s.scales[strip][h][run] * inverse));
-            if (W::kAffine) offsets[run] = join(T(s.offsets[strip][h][run] * inverse));
-        }
-        return as_type<float>(most + (1u << 23));
-    }
-
-    static void operand(uint at, thread uint (&x)[kPairs]) {
-        if (kPerWord == 8) {
-            const uint4 v = shared_load16(at);
-            x[0] = v.x, x[1] = v.y, x[kPairs - 2] = v.z, x[kPairs - 1] = v.w;
-        } else {
-            const uint2 v = shared_load8(at);
-            x[0] = v.x, x[1] = v.y;
+        for (uint i = 0; i < kLines * kTokens; i += kSimdWidth) {
+            const uint m = (i + lane.id) / kLines, k = turn + (i + lane.id) % kLines * (128 / sizeof(T));
+            if (m < lane.tokens && k < a.K) prefetch_near(lane.x + (m * a.K + k));
         }
     }
 
-    // A simdgroup's block of a stage: ws is where its lane's matrices of W begin, xs its lane's x.
-    template <bool kFine>
-    static void multiply(uint ws, uint xs, thread const Scales<kFine>& s,
-                         thread float (&total)[kStrips][kTiles][4]) {
-        enum : bool { kOnes = W::kAffine && !kFine };
-        float d[kStrips][kTiles][4], ones[kTiles][4], powers[kStrips][2];
-        uint q[kStrips][kLoads][4], scales[kStrips][2][kSteps], offsets[kStrips][2][kSteps];
+    // A step: a strip's codes of a turn. ones: sums of x over the runs, of which every lane has those it needs.
+    template <uint kRuns, bool kFine>
+    static void multiply(uint from, thread const Operand& x, thread const Scales<kRuns, kFine>& s,
+                         thread const float (&ones)[kRuns][kTiles][4], thread float (&total)[kTiles][4]) {
+        uint q[2][4];
+        Factors f[2];
+#pragma unroll
+        for (uint h = 0; h < 2; ++h) {
+#pragma unroll
+            for (uint word = 0; word < 4; ++word) q[h][word] = shared_load4(from + h * 8 * kRow + word * 16);
+        }
+        for (uint h = 0; h < 2; ++h) f[h] = Factors::of(s, h);
+        float d[kTiles][4];
+#pragma unroll
+        for (uint word = 0; word < 4; ++word) {
+            const uint run = word * kRuns / 4;
+            if (word == 0 || !kFine && word * kRuns % 4 == 0) {
+#pragma unroll
+                for (uint tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+                    for (uint e = 0; e < 4; ++e) d[tile][e] = 0;
+                }
+            }
+            uint w[2][kPairs];
+#pragma unroll
+            for (uint h = 0; h < 2; ++h) {
+                Decode::pairs(q[h][word], w[h]);
+#pragma unroll
+                for (uint i = 0; kFine && i < kPairs; ++i) w[h][i] = f[h].weight(w[h][i], run);
+            }
+#pragma unroll
+            for (uint i = 0; i < kPairs; i += 2) {
+#pragma unroll
+                for (uint tile = 0; tile < kTiles; ++tile) {
+                    Pair::mma(d[tile], w[0][i], w[1][i], w[0][i + 1], w[1][i + 1], x[tile][word][i],
+                              x[tile][word][i + 1]);
+                }
+            }
+            if (word == 3 || !kFine && (word + 1) * kRuns % 4 == 0) {
+#pragma unroll
+                for (uint tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+                    for (uint e = 0; e < 4; ++e) {
+                        total[tile][e] += (kFine ? f[e / 2].power : s.scale[e / 2][run]) * d[tile][e];
+                        if (W::kAffine && !kFine) total[tile][e] += s.offset[e / 2][run] * ones[run][tile][e];
+                    }
+                }
+            }
+        }
+    }
+
+    // Sums of x, by the matrix instruction: rows of ones.
+    template <uint kRuns> static void add_up(thread const Operand& x, thread float (&ones)[kRuns][kTiles][4]) {
         const uint one = join(T(1));
 #pragma unroll
         for (uint tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-            for (uint e = 0; e < 4; ++e) {
-                ones[tile][e] = 0;
+            for (uint run = 0; run < kRuns; ++run) {
 #pragma unroll
-                for (uint strip = 0; strip < kStrips; ++strip) d[strip][tile][e] = 0;
+                for (uint e = 0; e < 4; ++e) ones[run][tile][e] = 0;
             }
-        }
 #pragma unroll
-        for (uint strip = 0; strip < kStrips; ++strip) {
-#pragma unroll
-            for (uint i = 0; i < kLoads; ++i)
-                shared_matrices(ws + strip * 16 * kWStride + i * 32, q[strip][i]);
-            if (kFine) {
-#pragma unroll
-                for (uint h = 0; h < 2; ++h) {
-                    powers[strip][h] = factors<kFine>(s, strip, h, scales[strip][h], offsets[strip][h]);
-                }
-            }
-        }
-#pragma unroll
-        for (uint step = 0; step < kSteps; ++step) {
-            uint x[kTiles][kPairs];
-#pragma unroll
-            for (uint tile = 0; tile < kTiles; ++tile)
-                operand(xs + tile * 8 * kXStride + step * kStep * 2, x[tile]);
-#pragma unroll
-            for (uint strip = 0; strip < kStrips; ++strip) {
-                uint w[2][kPairs];
-#pragma unroll
-                for (uint h = 0; h < 2; ++h) {
-                    mma_neighbours<Format, T>(q[strip][step / 2][step % 2 * 2 + h], w[h]);
-#pragma unroll
-                    for (uint i = 0; kFine && i < kPairs; ++i) {
-                        const uint plain = Decode::plain(w[h][i]), scale = scales[strip][h][step];
-                        w[h][i] = W::kAffine ? Pair::fma(plain, scale, offsets[strip][h][step])
-                                             : Pair::times(plain, scale);
-                    }
-                }
+            for (uint word = 0; word < 4; ++word) {
 #pragma unroll
                 for (uint i = 0; i < kPairs; i += 2) {
-#pragma unroll
-                    for (uint tile = 0; tile < kTiles; ++tile) {
-                        Pair::mma(d[strip][tile], w[0][i], w[1][i], w[0][i + 1], w[1][i + 1], x[tile][i],
-                                  x[tile][i + 1]);
-                        if (kOnes && strip == 0) {
-                            Pair::mma(ones[tile], one, one, one, one, x[tile][i], x[tile][i + 1]);
-                        }
-                    }
-                }
-            }
-        }
-#pragma unroll
-        for (uint strip = 0; strip < kStrips; ++strip) {
-#pragma unroll
-            for (uint tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-                for (uint e = 0; e < 4; ++e) {
-                    const float scale = kFine ? powers[strip][e / 2] : s.scales[strip][e / 2][0];
-                    total[strip][tile][e] += scale * d[strip][tile][e];
-                    if (kOnes) total[strip][tile][e] += s.offsets[strip][e / 2][0] * ones[tile][e];
+                    Pair::mma(ones[word * kRuns / 4][tile], one, one, one, one, x[tile][word][i],
+                              x[tile][word][i + 1]);
                 }
             }
         }
     }
 
-    template <bool kFine>
-    static void sum(thread const Arguments& a, uint first, uint token, GemmPlace at, uint base,
-                    thread float (&total)[kStrips][kTiles][4]) {
-        const uint tid = at.sgid * kSimdWidth + at.lane, lane = at.lane;
-        const uint ws = base + (lane / 8 % 2 * 8 + lane % 8) * kWStride + at.sgid * (kCodes / kSimdgroups) +
-                        lane / 16 * 16;
-        const uint xs =
-            base + kBN * kWStride + lane / 4 * kXStride + (at.sgid * kBlock + lane % 4 * kPerWord) * 2;
+    template <uint kRuns, bool kFine>
+    static void sum(thread const Arguments& a, Lane lane, uint turn, thread float (&total)[kStrips][kTiles][4]) {
+        typedef Scales<kRuns, kFine> Of;
+        uint slot = 0, strip_ahead = (kDepth - 1) % kStrips, ahead = turn + (kDepth - 1) / kStrips * kStride;
 #pragma unroll
-        for (uint i = 0; i < kStages - 1; ++i) {
-            if (i * kBK < a.K) load(a, first, token, tid, i * kBK, base + i * kStage);
-            AsyncCopy::commit();
+        for (uint i = 0; i < kDepth - 1; ++i) ask(a, lane, i % kStrips, turn + i / kStrips * kStride, i);
+        Of next = Of::of(a, lane, 0, turn);
+        for (; turn < a.K; turn += kStride) {
+            lane.row = forgotten(lane.row);
+            Operand x;
+            float ones[kRuns][kTiles][4];
+            operands(a, lane, turn, x);
+            warm(a, lane, turn + kStride);
+            if (W::kAffine && !kFine) add_up<kRuns>(x, ones);
+#pragma unroll
+            for (uint strip = 0; strip < kStrips; ++strip) {
+                const Of s = next;
+                next = strip + 1 < kStrips ? Of::of(a, lane, strip + 1, turn) : Of::of(a, lane, 0, turn + kStride);
+                AsyncCopy::wait<kDepth - 2>();
+                simdgroup_barrier(mem_flags::mem_threadgroup); // the slot of the step before has been read
+                ask(a, lane, strip_ahead, ahead, (slot + kDepth - 1) % kDepth);
+                multiply<kRuns, kFine>(lane.from + slot * kSlot, x, s, ones, total[strip]);
+                slot = (slot + 1) % kDepth;
+                if (++strip_ahead == kStrips) strip_ahead = 0, ahead += kStride;
+            }
         }
-        Scales<kFine> next;
-        fetch<kFine>(a, first, lane, at.sgid * kBlock, next);
-        uint now = 0, ahead = (kStages - 1) * kStage;
-        for (uint k = 0; k < a.K; k += kBK) {
-            const Scales<kFine> s = next;
-            AsyncCopy::wait<kStages - 2>();
-            threadgroup_barrier(mem_flags::mem_threadgroup); // also: nobody reads what is overwritten now
-            if (k + (kStages - 1) * kBK < a.K)
-                load(a, first, token, tid, k + (kStages - 1) * kBK, base + ahead);
-            AsyncCopy::commit();
-            fetch<kFine>(a, first, lane, k + kBK + at.sgid * kBlock, next);
-            if (k + at.sgid * kBlock < a.K) multiply<kFine>(ws + now, xs + now, s, total);
-            now = now == (kStages - 1) * kStage ? 0 : now + kStage;
-            ahead = ahead == (kStages - 1) * kStage ? 0 : ahead + kStage;
-        }
+        AsyncCopy::wait<0>();
+    }
+
+    static Lane lane_of(thread const Arguments& a, GemmPlace at, threadgroup const Shared& sh) {
+        const uint r = at.lane / 4, c = at.lane % 4;
+        const uint queue = AsyncCopy::address(sh.queues) + at.sgid * kDepth * kSlot + r * kRow;
+        Lane lane;
+        lane.row = at.tgid.x * kRows + r;
+        lane.word = c * kPerWord;
+        lane.to = queue + c * 16;
+        lane.from = queue + c * 4;
+        lane.token = r;
+        lane.id = at.lane;
+        lane.tokens = min(uint(kTokens), a.M - at.tgid.y * kTokens);
+        lane.x = a.x + ulong(at.tgid.y * kTokens) * a.K;
+        return lane;
     }
 
     static void run(Arguments a, GemmPlace at, threadgroup Shared& sh, Epilogue epilogue) {
-        const uint first = at.tgid.x * kBN, token = at.tgid.y * kBM, tid = at.sgid * kSimdWidth + at.lane;
+        const Lane lane = lane_of(a, at, sh);
         float total[kStrips][kTiles][4];
 #pragma unroll
         for (uint strip = 0; strip < kStrips; ++strip) {
@@ -249,18 +295,19 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
                 for (uint e = 0; e < 4; ++e) total[strip][tile][e] = 0;
             }
         }
-        warm(a, first, tid);
-        const bool fine = (1u << a.shift) < kBlock;
-        if (fine) {
-            sum<true>(a, first, token, at, AsyncCopy::address(sh.stages), total);
+        const uint group = 1u << a.shift, turn = at.sgid * kTurn;
+        const bool fine = group < (W::kAffine ? uint(kTurn) : uint(kStep)); // sums of x of every run are too many
+        if (group >= kTurn) {
+            sum<1, false>(a, lane, turn, total);
+        } else if (!W::kAffine && !fine) {
+            sum<W::kAffine ? 1 : 4, false>(a, lane, turn, total);
         } else {
-            sum<false>(a, first, token, at, AsyncCopy::address(sh.stages), total);
+            sum<4, true>(a, lane, turn, total);
         }
-        AsyncCopy::wait<0>();
         threadgroup_barrier(mem_flags::mem_threadgroup);
         const float unit = (fine ? 1.0f : Decode::kUnit) * a.row(0).factor;
-        threadgroup float* sums = (threadgroup float*)sh.stages;
-        threadgroup float* to = sums + (at.sgid * kBM + at.lane % 4 * 2) * kSumStride + at.lane / 4;
+        const uint first = at.tgid.x * kRows, token = at.tgid.y * kTokens;
+        threadgroup float* to = sh.sums + (at.sgid * kTokens + at.lane % 4 * 2) * kSumStride + at.lane / 4;
 #pragma unroll
         for (uint strip = 0; strip < kStrips; ++strip) {
 #pragma unroll
@@ -273,13 +320,14 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
             }
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        for (uint i = tid; i < kBM * kBN; i += kThreads) {
-            const uint row = i % kBN, m = i / kBN;
-            if (token + m >= a.M || first + row >= a.N) continue;
+        for (uint i = at.sgid * kSimdWidth + at.lane; i < kTokens * kRows; i += kThreads) {
+            const uint n = first + i % kRows, m = token + i / kRows;
+            if (m >= a.M || n >= a.N) continue;
             float y = 0;
 #pragma unroll
-            for (uint s = 0; s < kSimdgroups; ++s) y += sums[(s * kBM + m) * kSumStride + row];
-            a.y[ulong(token + m) * a.N + first + row] = T(epilogue.apply(y, token + m, first + row));
+            for (uint s = 0; s < kSimdgroups; ++s)
+                y += sh.sums[(s * kTokens + i / kRows) * kSumStride + i % kRows];
+            a.y[ulong(m) * a.N + n] = T(epilogue.apply(y, m, n));
         }
     }
 };

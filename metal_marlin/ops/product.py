@@ -1,0 +1,107 @@
+"""What ops that multiply by quantised weights share: their meaning, their checks, and what torch is told of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from metal_marlin.errors import ArgumentError
+from metal_marlin.formats import codec
+
+# (x, codes, scales, extra, format, zeros, group_size, kernel, out); the second without out
+Run = Callable[..., None]
+New = Callable[..., torch.Tensor]
+
+_ARGUMENTS = "Tensor x, Tensor codes, Tensor scales, Tensor? extra, str format, str zeros, int group_size, str? kernel"
+
+
+def product_ref(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    group_size: int,
+    *,
+    format: str = "fp4",
+    zeros: str = "none",
+    extra: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The meaning, in float64: x [..., K] times the decoded weights [N, K], transposed."""
+    return x.double() @ codec(format).decode(codes, scales, extra, group_size, zeros).T
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(
+    format: str, zeros: str, N: int, K: int, group_size: int, scale_dtype: torch.dtype
+) -> tuple[tuple[int, int], tuple[tuple[int, ...], torch.dtype] | None]:
+    """Shape of the scales; shape and dtype of extra, None where there is none."""
+    form = codec(format)
+    form.check(K, group_size)
+    form.check_zeros(zeros)
+    groups = form.groups_of(K, group_size)
+    more = form.extra_shape(N, groups, zeros)
+    return (N, groups), None if more is None else (more, form.extra_dtype(scale_dtype, zeros))
+
+
+def check(
+    op: str,
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    extra: torch.Tensor | None,
+    format: str,
+    zeros: str,
+    group_size: int,
+    out: torch.Tensor | None = None,
+) -> tuple[int, int, int]:
+    """M, N, K. Raises ArgumentError, in the name of ``op``, for shapes that do not belong together."""
+    per_word = codec(format).per_word
+    if x.ndim < 1 or codes.ndim != 2 or scales.ndim != 2:
+        raise ArgumentError(
+            f"{op}: shapes x {tuple(x.shape)}, codes {tuple(codes.shape)}, scales {tuple(scales.shape)}; "
+            f"needs x [..., K], codes [N, K/{per_word}], scales [N, groups]"
+        )
+    # whole numbers: a weight's shape is no variable, though torch.compile may ask
+    K, N = int(x.shape[-1]), int(codes.shape[0])
+    if codes.shape[1] * per_word != K:
+        raise ArgumentError(f"{op}: x has K = {K}, codes have K = {codes.shape[1] * per_word}")
+    wanted, more = _layout(format, zeros, N, K, group_size, scales.dtype)
+    if scales.shape != wanted:
+        raise ArgumentError(
+            f"{op}: scales have shape {tuple(scales.shape)}; N = {N}, K = {K}, group_size = {group_size} need {wanted}"
+        )
+    given = None if extra is None else (tuple(extra.shape), extra.dtype)
+    if given != more:
+        said = ["None" if e is None else f"{e[1]} {e[0]}" for e in (given, more)]
+        raise ArgumentError(f"{op}: extra is {said[0]}; {format} with zeros = {zeros!r} needs {said[1]}")
+    if out is not None and (out.shape != (*x.shape[:-1], N) or out.dtype != x.dtype):
+        raise ArgumentError(f"{op}: out is {out.dtype} {tuple(out.shape)}; needs {x.dtype} {(*x.shape[:-1], N)}")
+    return x.numel() // K, N, K
+
+
+def register(op: str, run: Run) -> New:
+    """Tell torch of ``metal_marlin::<op>`` and ``<op>_out``, which ``run`` computes into its last argument; returns the
+    first as a function."""
+
+    def new(x: torch.Tensor, codes: torch.Tensor, *more: Any) -> torch.Tensor:
+        out = x.new_empty((*x.shape[:-1], codes.shape[0]))
+        run(x, codes, *more, out)
+        return out
+
+    def fake(x: torch.Tensor, codes: torch.Tensor, *more: Any) -> torch.Tensor:
+        check(op, x, codes, *more[:-1])
+        return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+    _torch.define(f"{op}({_ARGUMENTS}) -> Tensor")
+    _torch.define(f"{op}_out({_ARGUMENTS}, Tensor(a!) out) -> ()")
+    for key in ("CPU", "CUDA", "MPS"):
+        _torch.impl(op, new, key)
+        _torch.impl(f"{op}_out", run, key)
+    torch.library.register_fake(f"metal_marlin::{op}", fake, lib=_torch)
+    torch.library.register_fake(f"metal_marlin::{op}_out", lambda *_: None, lib=_torch)
+    return new
+
+
+_torch = torch.library.Library("metal_marlin", "FRAGMENT")
