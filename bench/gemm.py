@@ -4,8 +4,8 @@
                          [--shapes large smollm2 4096x14336] [--group 128] [--kernel marlin_gemm_fp4_single_stage]
 
 Correctness comes first, on the data that is timed. A shape is NxK or the name of a model's shapes. `linear` is what
-users call; up to 128 tokens the matrix-vector kernel is timed too: where the two cross is what FEW_TOKENS of
-ops/linear.py should say. `dense` is torch.matmul with dequantised weights, `int4pack` torch's own int4 product in
+users call; up to 128 tokens the matrix-vector kernel is timed too: where the two cross is what the numbers
+of ops/linear.py should say. `dense` is torch.matmul with dequantised weights, `int4pack` torch's own int4 product in
 bfloat16. --tiles times every tile that suits the tokens. Buffers rotate past the last-level cache; on NVIDIA GPUs the
 launches are a CUDA graph's.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any
 
 import torch
 from common import (
@@ -28,6 +27,7 @@ from common import (
     table,
     usable_devices,
 )
+from peers import has_int4pack, int4pack
 
 from metal_marlin.formats import CODECS, codec
 from metal_marlin.ops.linear import linear
@@ -85,26 +85,10 @@ def candidates(case: Case, device: str, sets: int, kernels: list[str]) -> tuple[
             call(i)
             synchronize(device)
             error = max(error, require_correct(f"{case} {name}", outs[i], wanted, LIMITS[case.dtype]))
-    peer = int4_peer(case, data)
-    if peer is not None:
-        found["int4pack"] = peer
+    if device.startswith("cuda") and has_int4pack(case.N, case.K, device):
+        found["int4pack"] = int4pack(case.M, case.N, case.K, device, sets)[0]
     found["dense"] = lambda i: torch.matmul(data[i][0], dense[i % len(dense)].T, out=outs[i])
     return found, error
-
-
-def int4_peer(case: Case, data: list[Any]) -> Candidate | None:
-    """torch's own 4-bit product, bfloat16 only; its weights are random, for its speed does not depend on them."""
-    if not data[0][0].is_cuda or case.format not in ("fp4", "int4") or case.group not in (32, 64, 128, 256):
-        return None
-    if case.N % 8 or case.K % 128:
-        return None
-    form = {"device": data[0][0].device}
-    sets = []
-    for x, *_ in data:
-        raw = torch.randint(0, 256, (case.N, case.K // 2), dtype=torch.uint8, **form)
-        scales = torch.rand(case.K // case.group, case.N, 2, dtype=torch.bfloat16, **form)
-        sets.append((x.bfloat16(), torch._convert_weight_to_int4pack(raw, 8), scales))
-    return lambda i: torch._weight_int4pack_mm(sets[i][0], sets[i][1], case.group, sets[i][2])
 
 
 def measure(case: Case, device: str, kernels: list[str]) -> list[tuple[str, ...]]:
@@ -138,7 +122,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["large"], help="large, smollm2, NxK")
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--kernel", nargs="+", default=[], help="variants to time as well")
-    parser.add_argument("--tiles", action="store_true", help="time every tile with asynchronous copies")
+    parser.add_argument("--tiles", action="store_true", help="time every tile that suits the tokens")
     options = parser.parse_args()
     heading = ("case", "candidate", "µs", "p20", "p80", "TFLOP/s", "of dense", "error", "goal")
     for device in usable_devices(options.device):

@@ -15,7 +15,6 @@ from metal_marlin.ops.selfcheck import product_check
 from metal_marlin.ops.spec import OpSpec
 from metal_marlin.ops.weights import KEYS, library, on_16_bytes, plan_kind, row_name
 from metal_marlin.runtime.dispatch import dispatch_kernel
-from metal_marlin.runtime.tensor_map import NONE, tensor_map
 
 __all__ = ["CASES", "FAMILY", "OP", "Case", "Plan", "marlin_gemm", "marlin_gemm_ref", "plan"]
 
@@ -29,13 +28,14 @@ _TOKENS = 256  # most tokens of a threadgroup on the cpu; src/core/cpu/gemm.h
 @dataclass(frozen=True)
 class Tile:
     """A tile of its own for NVIDIA GPUs: rows of W and tokens of a threadgroup, its threads, whether it needs compute
-    capability 9.0 (core/nvidia/gemm_wgmma.h) or not (gemm_few.h), and clock cycles that 64 k of it cost on an H200."""
+    capability 9.0 (core/nvidia/gemm_wgmma.h) or not (gemm_few.h), and how long K = 4096 takes it on an H200, in tenths
+    of a microsecond (0: chosen by tokens and rows alone)."""
 
     rows: int
     tokens: int
     threads: int
     hopper: bool
-    cycles: int = 0
+    time: int = 0
 
     def __str__(self) -> str:
         return f"{self.rows}x{self.tokens}"
@@ -45,12 +45,12 @@ _TILES = (
     *(Tile(rows, 8, threads, False) for rows, threads in ((16, 512), (32, 512), (64, 256), (112, 256))),
     *(Tile(rows, 16, threads, False) for rows, threads in ((16, 512), (32, 512), (64, 256), (112, 256))),
     *(Tile(rows, 32, 256, False) for rows in (16, 32)),
-    Tile(64, 64, 256, True, 150),
-    Tile(64, 128, 256, True, 280),
-    Tile(128, 128, 256, True, 540),
-    Tile(128, 256, 256, True, 1050),
+    Tile(64, 64, 256, True, 210),
+    Tile(128, 128, 256, True, 395),
+    Tile(128, 256, 256, True, 570),
 )
 TILES = {str(tile): tile for tile in _TILES}
+_FEW = 32  # tokens that the tiles without a time are for
 TILE_FORMATS = ("fp4", "int4", "int8")
 _MULTIPROCESSORS = 132
 
@@ -91,7 +91,6 @@ class Plan:
     rows: int
     tokens: int
     lanes: int
-    tile: str = ""
     layout: str = CANONICAL
 
 
@@ -131,34 +130,34 @@ def plan(
     row = row_name("marlin_gemm", base, known, dtype, scale_dtype, format, zeros, tile)
     if tile and device == "cuda":
         t = TILES[tile]
-        if not aligned or t.hopper and not hopper:
+        if not aligned or (t.hopper and not hopper):
             need = "K % 32 = 0, x and codes at multiples of 16 bytes" if not aligned else "compute capability 9.0"
             raise ArgumentError(f"marlin_gemm: kernel {row!r} needs {need}")
-        return Plan(row, (-(-N // t.rows), -(-M // t.tokens)), t.threads, t.rows, t.tokens, 32, tile)
+        return Plan(row, (-(-N // t.rows), -(-M // t.tokens)), t.threads, t.rows, t.tokens, lanes=32)
     across = -(-N // _TILE)
     if device != "cpu":
-        return Plan(row, (across, -(-M // _TILE)), _THREADS, _TILE, _TILE, 32, tile)
+        return Plan(row, (across, -(-M // _TILE)), _THREADS, _TILE, _TILE, lanes=32)
     blocks = -(-M // _TOKENS)  # each decodes W again: more of them only where threads would have nothing to do
     while across * blocks < 3 * pool and 48 * blocks < M:
         blocks += 1
     tokens = -(-M // blocks)
-    return Plan(row, (across, -(-M // tokens)), 1, _TILE, tokens, 1, tile)
+    return Plan(row, (across, -(-M // tokens)), 1, _TILE, tokens, lanes=1)
 
 
 def _tile(M: int, N: int, hopper: bool) -> str:
-    """The tile of least time: for few tokens one that gives every multiprocessor a threadgroup, else by how often the
-    multiprocessors have to take one. "": none suits."""
-    few = [tile for tile in _TILES if tile.cycles == 0 and tile.tokens >= M]
-    if few:
-        tokens = min(tile.tokens for tile in few)
-        few = [tile for tile in few if tile.tokens == tokens]
-        return str(next((tile for tile in few if -(-N // tile.rows) <= _MULTIPROCESSORS), few[-1]))
+    """The tile of least time: for few tokens one whose threadgroups the multiprocessors take at once and are as many as
+    can be, else by how often the multiprocessors have to take one. "": none suits."""
+    if M <= _FEW:
+        every = [tile for tile in _TILES if tile.time == 0]
+        most = max(tile.rows for tile in every)
+        few = [tile for tile in every if -(-N // tile.rows) <= _MULTIPROCESSORS or tile.rows == most]
+        return str(min(few, key=lambda tile: (-(-M // tile.tokens), tile.tokens, tile.rows)))
 
     def cost(tile: Tile) -> int:
         blocks = -(-N // tile.rows) * -(-M // tile.tokens)
-        return -(-blocks // _MULTIPROCESSORS) * tile.cycles
+        return -(-blocks // _MULTIPROCESSORS) * tile.time
 
-    return str(min((tile for tile in _TILES if tile.cycles), key=cost)) if hopper else ""
+    return str(min((tile for tile in _TILES if tile.time), key=cost)) if hopper else ""
 
 
 @functools.lru_cache(maxsize=64)
@@ -222,16 +221,8 @@ def _run(
         p.kernel,
         threadgroups=p.threadgroups,
         threads_per_threadgroup=p.threads,
-        args=(x, codes, scales, scales if extra is None else extra, out, shape, *_map(x, M, K, p)),
+        args=(x, codes, scales, scales if extra is None else extra, out, shape),
     )
-
-
-def _map(x: torch.Tensor, M: int, K: int, p: Plan) -> tuple[bytes, ...]:
-    """What rows for many tokens take besides."""
-    tile = TILES.get(p.tile)
-    if tile is None or not tile.hopper:
-        return ()
-    return (tensor_map(x.data_ptr(), M, K, tile.tokens) if x.is_cuda else NONE,)
 
 
 _new = register("marlin_gemm", _run)

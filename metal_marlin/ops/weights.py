@@ -26,8 +26,8 @@ def row_name(
     zeros: str,
     tile: str = "",
 ) -> str:
-    """The host name of a kernel's row: ``base`` (one of ``known``) and keys; ``tile`` where it is not the usual one. Raises ArgumentError in the name of
-    ``op`` for what has no row."""
+    """The host name of a kernel's row: ``base`` (one of ``known``) and keys; ``tile``: where it is not the usual one.
+    Raises ArgumentError in the name of ``op`` for what has no row."""
     form = codec(format)
     if base not in known:
         raise ArgumentError(f"{op}: kernel is {base!r}; {format} has {', '.join(known)}")

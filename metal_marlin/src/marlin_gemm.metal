@@ -16,14 +16,14 @@
 using namespace metal;
 
 // The bound lets assemblers give a thread as many registers as so many threads leave it.
-#define ENTRY(entry, threads, ...)                                                                             \
+#define ENTRY(entry, threads)                                                                                \
     template <typename W, typename T, typename Schedule>                                                     \
     [[kernel, max_total_threads_per_threadgroup(threads)]] void entry(                                       \
         device const T* x [[buffer(0)]], device const uint* codes [[buffer(1)]],                             \
-        device const typename W::S* scales [[buffer(2)]], device const typename W::Bound* extra [[buffer(3)]], \
-        device T* y [[buffer(4)]], constant GemmShape& shape [[buffer(5)]],                                  \
-        uint3 tgid [[threadgroup_position_in_grid]], uint sgid [[simdgroup_index_in_threadgroup]],           \
-        uint lane [[thread_index_in_simdgroup]] __VA_ARGS__) {                                               \
+        device const typename W::S* scales [[buffer(2)]],                                                    \
+        device const typename W::Bound* extra [[buffer(3)]], device T* y [[buffer(4)]],                      \
+        constant GemmShape& shape [[buffer(5)]], uint3 tgid [[threadgroup_position_in_grid]],                \
+        uint sgid [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {             \
         typedef Gemm<W, T, Schedule, NoEpilogue> Core;                                                       \
         threadgroup typename Core::Shared sh;                                                                \
         Core::run(GemmArguments<W, T>(x, codes, scales, extra, y, shape), GemmPlace{tgid, sgid, lane}, sh,   \
@@ -32,7 +32,6 @@ using namespace metal;
 ENTRY(marlin_gemm, 128)
 ENTRY(marlin_gemm_256, 256)
 ENTRY(marlin_gemm_512, 512)
-ENTRY(marlin_gemm_map, 256, , constant TensorMap& x_map [[buffer(6)]])
 
 // Scales of a float type: W is a template of it. z: what follows the other keys, and first where there is none.
 #define ROWS(name, W, Schedule, first, z)                                                                    \
@@ -73,20 +72,19 @@ ROWS("marlin_gemm_fp8_e5m2", Fp8E5M2, DoubleStage, "", "")
     INSTANTIATE(name "m" #rows "x" #tokens,                                                                  \
                 marlin_gemm_##threads<W, T, FewTokens<rows, tokens, threads / 32, 8>>)
 #define MANY(name, rows, tokens, depth, W, T)                                                                \
-    INSTANTIATE(name "m" #rows "x" #tokens, marlin_gemm_map<W, T, ManyTokens<rows, tokens, depth>>)
+    INSTANTIATE(name "m" #rows "x" #tokens, marlin_gemm_256<W, T, ManyTokens<rows, tokens, depth>>)
 #define TILES(name, W, T)                                                                                    \
-    FEW(name, 16, 8, 512, W, T)                                                                               \
-    FEW(name, 32, 8, 512, W, T)                                                                               \
-    FEW(name, 64, 8, 256, W, T)                                                                               \
-    FEW(name, 112, 8, 256, W, T)                                                                              \
-    FEW(name, 16, 16, 512, W, T)                                                                              \
-    FEW(name, 32, 16, 512, W, T)                                                                              \
-    FEW(name, 64, 16, 256, W, T)                                                                              \
-    FEW(name, 112, 16, 256, W, T)                                                                              \
-    FEW(name, 16, 32, 256, W, T)                                                                               \
-    FEW(name, 32, 32, 256, W, T)                                                                               \
-    MANY(name, 64, 64, 6, W, T)                                                                              \
-    MANY(name, 64, 128, 5, W, T)                                                                             \
+    FEW(name, 16, 8, 512, W, T)                                                                              \
+    FEW(name, 32, 8, 512, W, T)                                                                              \
+    FEW(name, 64, 8, 256, W, T)                                                                              \
+    FEW(name, 112, 8, 256, W, T)                                                                             \
+    FEW(name, 16, 16, 512, W, T)                                                                             \
+    FEW(name, 32, 16, 512, W, T)                                                                             \
+    FEW(name, 64, 16, 256, W, T)                                                                             \
+    FEW(name, 112, 16, 256, W, T)                                                                            \
+    FEW(name, 16, 32, 256, W, T)                                                                             \
+    FEW(name, 32, 32, 256, W, T)                                                                             \
+    MANY(name, 64, 64, 5, W, T)                                                                              \
     MANY(name, 128, 128, 6, W, T)                                                                            \
     MANY(name, 128, 256, 5, W, T)
 #define ROWS_TILES(name, W, z)                                                                               \

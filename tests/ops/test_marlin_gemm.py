@@ -182,7 +182,9 @@ def test_plans_on_hopper() -> None:
 
     rows = {8: "32x8", 9: "32x16", 32: "32x32", 64: "64x64", 128: "64x64", 512: "128x128", 4096: "128x256"}
     assert {M: of(M).kernel for M in rows} == {M: f"marlin_gemm_fp4__m{tile}" for M, tile in rows.items()}
-    assert of(8, 14336).kernel == "marlin_gemm_fp4__m112x8"
+    wide = {8: "112x8", 32: "112x16", 64: "128x128", 128: "128x128", 512: "128x256"}
+    assert {M: of(M, 14336).kernel for M in wide} == {M: f"marlin_gemm_fp4__m{tile}" for M, tile in wide.items()}
+    assert of(1, 128256).kernel == "marlin_gemm_fp4__m112x8"
     assert of(128).threadgroups == (64, 2)
     assert of(64, aligned=False).kernel == "marlin_gemm_fp4"
     with pytest.raises(ArgumentError, match="K % 32 = 0"):

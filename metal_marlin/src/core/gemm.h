@@ -28,11 +28,6 @@ struct GemmShape {
         aligned; // 16-byte loads are possible: K is a multiple of 32, x and codes start at multiples of 16 bytes
 };
 
-// Where x lies, for a device's tensor copy unit: opaque, made by the host (runtime/tensor_map.py); others never read it.
-struct alignas(64) TensorMap {
-    long words[16];
-};
-
 template <typename W, typename T> struct GemmArguments {
     typedef typename W::Bound E;
     device const T* x;

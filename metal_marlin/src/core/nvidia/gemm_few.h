@@ -4,13 +4,11 @@
 #include "core/nvidia/operand.h"
 
 // Few tokens, where time is what reading W takes. A threadgroup takes strips of 16 rows of W and kTokens tokens; its
-// simdgroups take turns along K, 64 bytes of each row a turn, and add their sums at the end. Codes pass through a queue
-// of kDepth steps (a strip's turn) in threadgroup memory that belongs to the simdgroup: it keeps enough of W under way
-// without a barrier of the threadgroup. x is read once per threadgroup, straight to where the matrix instruction takes it:
-// with as many rows in a threadgroup as give every multiprocessor one of them, that costs little beside W.
-// Lane 4 * r + c decodes word c of every 16 bytes of rows r and r + 8 and reads the same k of token r: which k a matrix
-// step takes does not matter to a dot product, as long as both operands take the same, and 16 bytes of a row, kStep k, are
-// multiplied at a time, so scales of groups no finer than that multiply sums, not weights.
+// simdgroups take turns along K, four times 16 bytes of each row a turn, and add their sums at the end. As every lane
+// decodes the 16 bytes that it copied itself (which k they are does not matter to a dot product; see core/nvidia/gemv.h),
+// codes pass through threadgroup memory without a barrier: a queue of kDepth steps (a strip's turn) a lane, which is what
+// keeps enough of W under way. x is read once per threadgroup: with as many rows in a threadgroup as give every
+// multiprocessor one of them, that costs little beside W.
 template <typename W, typename T, typename Schedule, typename Epilogue> struct FewGemm {
     typedef typename W::Format Format;
     typedef MmaDecode<Format, T> Decode;
@@ -26,11 +24,11 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
         kTiles = kTokens / 8,
         kPerWord = Format::kPerWord,
         kPairs = kPerWord / 2,
-        kStep = 4 * kPerWord,
-        kTurn = 4 * kStep,
+        kLane = 4 * kPerWord, // k of a lane in a turn
+        kTurn = 4 * kLane,
         kStride = kSimdgroups * kTurn,
-        kRow = 80, // bytes of a row in the queue: 64, and what keeps its readers in different banks
-        kSlot = 16 * kRow,
+        kRuns = kLane / 16, // no scale changes within
+        kSlot = 1024,       // bytes of a simdgroup's step
         kSumStride = kRows + 4
     };
     struct alignas(128) Shared {
@@ -41,11 +39,9 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
     };
 
     struct Lane {
-        uint row, word;    // of the first strip's rows; kPerWord * c
-        uint to, from;     // where it copies 16 bytes and where it reads its words, in the first slot
-        uint token, id;    // r of its tokens, itself
-        uint tokens;       // of the threadgroup's that are some of M
-        device const T* x; // of the threadgroup's tokens
+        uint row, k, queue; // of the first strip's rows; first k; address of its 16 bytes in the first slot
+        uint token, tokens; // r of its tokens; of the threadgroup's that are some of M
+        device const T* x;  // of the threadgroup's tokens
     };
 
     // The same number, but not to the compiler: else it keeps an address of every strip in registers.
@@ -59,30 +55,30 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
         return min(lane.row + strip * 16 + h * 8, a.N - 1);
     }
 
-    static void ask(thread const Arguments& a, thread const Lane& lane, uint strip, uint turn, uint slot) {
-        const uint k = turn + 4 * lane.word;
+    static void ask(thread const Arguments& a, thread const Lane& lane, uint strip, uint k, uint slot) {
         const bool reads = k < a.K;
 #pragma unroll
         for (uint h = 0; h < 2; ++h) {
             device const uint* codes = a.codes + ulong(row(a, lane, strip, h)) * (a.K / kPerWord);
-            AsyncCopy::copy16(lane.to + slot * kSlot + h * 8 * kRow, codes + (reads ? k / kPerWord : 0), reads);
+            AsyncCopy::copy16(lane.queue + slot * kSlot + h * 512, codes + (reads ? k / kPerWord : 0), reads);
         }
         AsyncCopy::commit();
     }
 
-    // Of a step: kRuns scales a row, of as many equal parts of the turn. Where kFine, every lane has those of its words:
-    // w = (code + shift) * scale + offset, all numbers of T; else sums are multiplied by scale, and offset by the sums of x.
-    template <uint kRuns, bool kFine> struct Scales {
-        float scale[2][kRuns], offset[2][kRuns], shift[2][kRuns];
+    // Of a step: one scale a row, or one for every 16 weights. Fine: w = (code + shift) * scale + offset, all numbers of
+    // T; coarse: sums are multiplied by scale, and offset by the sums of x.
+    template <bool kFine> struct Scales {
+        enum : uint { kCount = kFine ? uint(kRuns) : 1 };
+        float scale[2][kCount], offset[2][kCount], shift[2][kCount];
 
-        static Scales of(thread const Arguments& a, thread const Lane& lane, uint strip, uint turn) {
+        static Scales of(thread const Arguments& a, thread const Lane& lane, uint strip, uint k) {
             Scales s;
 #pragma unroll
             for (uint h = 0; h < 2; ++h) {
                 const typename W::Row from = a.row(row(a, lane, strip, h));
 #pragma unroll
-                for (uint run = 0; run < kRuns; ++run) {
-                    const uint g = a.group(turn + run * (kTurn / kRuns) + (kFine ? lane.word : 0));
+                for (uint run = 0; run < kCount; ++run) {
+                    const uint g = a.group(k + run * 16);
                     s.scale[h][run] = W::Scale::value(from.scales[g]);
                     if (W::kAffine) {
                         const typename W::Group group = from.group(g);
@@ -98,16 +94,16 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
     // Fine scales as T. One need not be a number that T has: it is divided by a power of two, which multiplies the sums.
     // Lanes 4 * r ... add to the same sums; their largest scale gives the power.
     struct Factors {
-        uint scale[4], offset[4], shift[4]; // pairs
+        uint scale[kRuns], offset[kRuns], shift[kRuns]; // pairs
         float power;
 
-        template <uint kRuns> static Factors of(thread const Scales<kRuns, true>& s, uint h) {
+        template <typename S> static Factors of(thread const S& s, uint h) {
             Factors f;
             uint most = 0;
 #pragma unroll
             for (uint run = 0; run < kRuns; ++run) {
-                most = max(most, as_type<uint>(s.scale[h][run]) & 0x7f800000u);
-                if (W::kBias) most = max(most, as_type<uint>(s.offset[h][run]) & 0x7f800000u);
+                most = max(most, as_type<uint>(s.scale[h][run % S::kCount]) & 0x7f800000u);
+                if (W::kBias) most = max(most, as_type<uint>(s.offset[h][run % S::kCount]) & 0x7f800000u);
             }
             most = max(most, simd_shuffle_xor(most, ushort(1)));
             most = min(max(most, simd_shuffle_xor(most, ushort(2))), 252u << 23);
@@ -115,14 +111,12 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
             const float inverse = as_type<float>((253u << 23) - most);
 #pragma unroll
             for (uint run = 0; run < kRuns; ++run) {
-                f.scale[run] = join(T(s.scale[h][run] * inverse * Decode::kUnit));
-                if (W::kAffine) f.shift[run] = join(T(s.shift[h][run]));
-                if (W::kBias) f.offset[run] = join(T(s.offset[h][run] * inverse));
+                f.scale[run] = join(T(s.scale[h][run % S::kCount] * inverse * Decode::kUnit));
+                if (W::kAffine) f.shift[run] = join(T(s.shift[h][run % S::kCount]));
+                if (W::kBias) f.offset[run] = join(T(s.offset[h][run % S::kCount] * inverse));
             }
             return f;
         }
-        template <uint kRuns> static Factors of(thread const Scales<kRuns, false>&, uint) { return Factors(); }
-
         uint weight(uint code, uint run) const {
             if (W::kAffine) code = Pair::plus(code, shift[run]);
             return W::kBias ? Pair::fma(code, scale[run], offset[run]) : Pair::times(code, scale[run]);
@@ -131,72 +125,56 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
 
     // x of the turn, in the order of pairs: codes i and i + kPerWord / 2 of a word are one.
     typedef uint Operand[kTiles][4][kPairs];
-    static void operands(thread const Arguments& a, thread const Lane& lane, uint turn, thread Operand& x) {
+    static void operands(thread const Arguments& a, thread const Lane& lane, uint k, thread Operand& x) {
 #pragma unroll
         for (uint tile = 0; tile < kTiles; ++tile) {
             const uint m = tile * 8 + lane.token;
+            uint v[kLane / 2];
+#pragma unroll
+            for (uint j = 0; j < kLane / 8; ++j) {
+                uint4 from = 0;
+                if (m < lane.tokens && k + 8 * j < a.K)
+                    from = *(device const uint4*)(lane.x + (m * a.K + k + 8 * j));
+#pragma unroll
+                for (uint i = 0; i < 4; ++i) v[4 * j + i] = from[i];
+            }
 #pragma unroll
             for (uint word = 0; word < 4; ++word) {
-                const uint k = turn + word * kStep + lane.word;
-                const bool reads = m < lane.tokens && k < a.K;
-                uint v[kPairs];
-                if (kPerWord == 8) {
-                    uint4 from = 0;
-                    if (reads) from = *(device const uint4*)(lane.x + (m * a.K + k));
-                    v[0] = from.x, v[1] = from.y, v[kPairs - 2] = from.z, v[kPairs - 1] = from.w;
-                } else {
-                    uint2 from = 0;
-                    if (reads) from = *(device const uint2*)(lane.x + (m * a.K + k));
-                    v[0] = from.x, v[1] = from.y;
-                }
 #pragma unroll
                 for (uint i = 0; i < kPairs; i += 2) {
-                    x[tile][word][i] = mma_permute(v[i / 2], v[kPairs / 2 + i / 2], 0x5410);
-                    x[tile][word][i + 1] = mma_permute(v[i / 2], v[kPairs / 2 + i / 2], 0x7632);
+                    const uint low = v[word * kPairs + i / 2], high = v[word * kPairs + kPairs / 2 + i / 2];
+                    x[tile][word][i] = mma_permute(low, high, 0x5410);
+                    x[tile][word][i + 1] = mma_permute(low, high, 0x7632);
                 }
             }
         }
     }
 
-    // x of a turn to the first-level cache.
-    static void warm(thread const Arguments& a, thread const Lane& lane, uint turn) {
-        enum : uint { kLines = kTurn * sizeof(T) / 128 };
-#pragma unroll
-        for (uint i = 0; i < kLines * kTokens; i += kSimdWidth) {
-            const uint m = (i + lane.id) / kLines, k = turn + (i + lane.id) % kLines * (128 / sizeof(T));
-            if (m < lane.tokens && k < a.K) prefetch_near(lane.x + (m * a.K + k));
-        }
-    }
-
-    // A step: a strip's codes of a turn. ones: sums of x over the runs, of which every lane has those it needs.
-    template <uint kRuns, bool kFine>
-    static void multiply(uint from, thread const Operand& x, thread const Scales<kRuns, kFine>& s,
-                         thread const float (&ones)[kRuns][kTiles][4], thread float (&total)[kTiles][4]) {
-        uint q[2][4];
+    // A step: a strip's codes of a turn. ones: sums of x, of which every lane has those it needs.
+    template <bool kFine>
+    static void multiply(uint from, thread const Operand& x, thread const Scales<kFine>& s,
+                         thread const float (&ones)[kTiles][4], thread float (&total)[kTiles][4]) {
+        float d[kTiles][4];
+        uint4 q[2];
         Factors f[2];
 #pragma unroll
         for (uint h = 0; h < 2; ++h) {
-#pragma unroll
-            for (uint word = 0; word < 4; ++word) q[h][word] = shared_load4(from + h * 8 * kRow + word * 16);
+            q[h] = shared_load16(from + h * 512);
+            if (kFine) f[h] = Factors::of(s, h);
         }
-        for (uint h = 0; h < 2; ++h) f[h] = Factors::of(s, h);
-        float d[kTiles][4];
+#pragma unroll
+        for (uint tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+            for (uint e = 0; e < 4; ++e) d[tile][e] = 0;
+        }
 #pragma unroll
         for (uint word = 0; word < 4; ++word) {
-            const uint run = word * kRuns / 4;
-            if (word == 0 || !kFine && word * kRuns % 4 == 0) {
-#pragma unroll
-                for (uint tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-                    for (uint e = 0; e < 4; ++e) d[tile][e] = 0;
-                }
-            }
             uint w[2][kPairs];
 #pragma unroll
             for (uint h = 0; h < 2; ++h) {
                 Decode::pairs(q[h][word], w[h]);
 #pragma unroll
-                for (uint i = 0; kFine && i < kPairs; ++i) w[h][i] = f[h].weight(w[h][i], run);
+                for (uint i = 0; kFine && i < kPairs; ++i) w[h][i] = f[h].weight(w[h][i], word * kRuns / 4);
             }
 #pragma unroll
             for (uint i = 0; i < kPairs; i += 2) {
@@ -206,62 +184,59 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
                               x[tile][word][i + 1]);
                 }
             }
-            if (word == 3 || !kFine && (word + 1) * kRuns % 4 == 0) {
+        }
 #pragma unroll
-                for (uint tile = 0; tile < kTiles; ++tile) {
+        for (uint tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-                    for (uint e = 0; e < 4; ++e) {
-                        total[tile][e] += (kFine ? f[e / 2].power : s.scale[e / 2][run]) * d[tile][e];
-                        if (W::kAffine && !kFine) total[tile][e] += s.offset[e / 2][run] * ones[run][tile][e];
-                    }
-                }
+            for (uint e = 0; e < 4; ++e) {
+                total[tile][e] += (kFine ? f[e / 2].power : s.scale[e / 2][0]) * d[tile][e];
+                if (W::kAffine && !kFine) total[tile][e] += s.offset[e / 2][0] * ones[tile][e];
             }
         }
     }
 
-    // Sums of x, by the matrix instruction: rows of ones.
-    template <uint kRuns> static void add_up(thread const Operand& x, thread float (&ones)[kRuns][kTiles][4]) {
+    // Sums of x over the turn, by the matrix instruction: rows of ones.
+    static void add_up(thread const Operand& x, thread float (&ones)[kTiles][4]) {
         const uint one = join(T(1));
 #pragma unroll
         for (uint tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-            for (uint run = 0; run < kRuns; ++run) {
-#pragma unroll
-                for (uint e = 0; e < 4; ++e) ones[run][tile][e] = 0;
-            }
+            for (uint e = 0; e < 4; ++e) ones[tile][e] = 0;
 #pragma unroll
             for (uint word = 0; word < 4; ++word) {
 #pragma unroll
-                for (uint i = 0; i < kPairs; i += 2) {
-                    Pair::mma(ones[word * kRuns / 4][tile], one, one, one, one, x[tile][word][i],
-                              x[tile][word][i + 1]);
-                }
+                for (uint i = 0; i < kPairs; i += 2)
+                    Pair::mma(ones[tile], one, one, one, one, x[tile][word][i], x[tile][word][i + 1]);
             }
         }
     }
 
-    template <uint kRuns, bool kFine>
-    static void sum(thread const Arguments& a, Lane lane, uint turn, thread float (&total)[kStrips][kTiles][4]) {
-        typedef Scales<kRuns, kFine> Of;
-        uint slot = 0, strip_ahead = (kDepth - 1) % kStrips, ahead = turn + (kDepth - 1) / kStrips * kStride;
+    template <bool kFine>
+    static void sum(thread const Arguments& a, Lane lane, uint turn,
+                    thread float (&total)[kStrips][kTiles][4]) {
+        typedef Scales<kFine> Of;
+        enum : bool { kEarly = !kFine && !W::kAffine }; // others are too many to be asked for early
+        uint k = lane.k, ahead = k + (kDepth - 1) / kStrips * kStride, strip_ahead = (kDepth - 1) % kStrips,
+             slot = 0;
 #pragma unroll
-        for (uint i = 0; i < kDepth - 1; ++i) ask(a, lane, i % kStrips, turn + i / kStrips * kStride, i);
-        Of next = Of::of(a, lane, 0, turn);
-        for (; turn < a.K; turn += kStride) {
+        for (uint i = 0; i < kDepth - 1; ++i) ask(a, lane, i % kStrips, k + i / kStrips * kStride, i);
+        for (; turn < a.K; turn += kStride, k += kStride) {
             lane.row = forgotten(lane.row);
+            Of scales[kEarly ? uint(kStrips) : 1];
             Operand x;
-            float ones[kRuns][kTiles][4];
-            operands(a, lane, turn, x);
-            warm(a, lane, turn + kStride);
-            if (W::kAffine && !kFine) add_up<kRuns>(x, ones);
+            float ones[kTiles][4];
+#pragma unroll
+            for (uint strip = 0; kEarly && strip < kStrips; ++strip)
+                scales[strip] = Of::of(a, lane, strip, k);
+            operands(a, lane, k, x);
+            if (W::kAffine && !kFine) add_up(x, ones);
 #pragma unroll
             for (uint strip = 0; strip < kStrips; ++strip) {
-                const Of s = next;
-                next = strip + 1 < kStrips ? Of::of(a, lane, strip + 1, turn) : Of::of(a, lane, 0, turn + kStride);
+                if (!kEarly) scales[0] = Of::of(a, lane, strip, k);
                 AsyncCopy::wait<kDepth - 2>();
-                simdgroup_barrier(mem_flags::mem_threadgroup); // the slot of the step before has been read
+                multiply<kFine>(lane.queue + slot * kSlot, x, scales[kEarly ? strip : 0], ones, total[strip]);
+                // the slot of the step before this one, whose codes have been decoded
                 ask(a, lane, strip_ahead, ahead, (slot + kDepth - 1) % kDepth);
-                multiply<kRuns, kFine>(lane.from + slot * kSlot, x, s, ones, total[strip]);
                 slot = (slot + 1) % kDepth;
                 if (++strip_ahead == kStrips) strip_ahead = 0, ahead += kStride;
             }
@@ -271,14 +246,11 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
 
     static Lane lane_of(thread const Arguments& a, GemmPlace at, threadgroup const Shared& sh) {
         const uint r = at.lane / 4, c = at.lane % 4;
-        const uint queue = AsyncCopy::address(sh.queues) + at.sgid * kDepth * kSlot + r * kRow;
         Lane lane;
         lane.row = at.tgid.x * kRows + r;
-        lane.word = c * kPerWord;
-        lane.to = queue + c * 16;
-        lane.from = queue + c * 4;
+        lane.k = at.sgid * kTurn + kLane * c;
+        lane.queue = AsyncCopy::address(sh.queues) + at.sgid * kDepth * kSlot + at.lane * 16;
         lane.token = r;
-        lane.id = at.lane;
         lane.tokens = min(uint(kTokens), a.M - at.tgid.y * kTokens);
         lane.x = a.x + ulong(at.tgid.y * kTokens) * a.K;
         return lane;
@@ -295,14 +267,11 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
                 for (uint e = 0; e < 4; ++e) total[strip][tile][e] = 0;
             }
         }
-        const uint group = 1u << a.shift, turn = at.sgid * kTurn;
-        const bool fine = group < (W::kAffine ? uint(kTurn) : uint(kStep)); // sums of x of every run are too many
-        if (group >= kTurn) {
-            sum<1, false>(a, lane, turn, total);
-        } else if (!W::kAffine && !fine) {
-            sum<W::kAffine ? 1 : 4, false>(a, lane, turn, total);
+        const bool fine = (1u << a.shift) < kTurn;
+        if (fine) {
+            sum<true>(a, lane, at.sgid * kTurn, total);
         } else {
-            sum<4, true>(a, lane, turn, total);
+            sum<false>(a, lane, at.sgid * kTurn, total);
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
         const float unit = (fine ? 1.0f : Decode::kUnit) * a.row(0).factor;
