@@ -4,9 +4,10 @@
                          [--shapes large smollm2 4096x14336] [--group 128] [--kernel marlin_gemm_fp4_single_stage]
 
 Correctness comes first, on the data that is timed. A shape is NxK or the name of a model's shapes. `linear` is what
-users call; up to 128 tokens the matrix-vector kernel is timed too: where the two cross is what FEW_TOKENS of
-ops/linear.py should say. `dense` is torch.matmul with dequantised weights. Buffers rotate past the last-level cache;
-on NVIDIA GPUs the launches are a CUDA graph's.
+users call; up to 128 tokens the matrix-vector kernel is timed too: where the two cross is what the numbers
+of ops/linear.py should say. `dense` is torch.matmul with dequantised weights, `int4pack` torch's own int4 product in
+bfloat16. --tiles times every tile that suits the tokens. Buffers rotate past the last-level cache; on NVIDIA GPUs the
+launches are a CUDA graph's.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from common import (
     table,
     usable_devices,
 )
+from peers import has_int4pack, int4pack
 
 from metal_marlin.formats import CODECS, codec
 from metal_marlin.ops.linear import linear
-from metal_marlin.ops.marlin_gemm import CASES, Case
+from metal_marlin.ops.marlin_gemm import CASES, TILES, Case, has_tiles
 
 DTYPES = {"half": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 LIMITS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
@@ -46,6 +48,13 @@ def shapes(asked: list[str]) -> list[Case]:
         else:
             found += [case for case in CASES if case.model == name]
     return found
+
+
+def tiles(case: Case) -> list[str]:
+    """Rows whose tiles are not much too large or too small."""
+    if not has_tiles(case.dtype, case.scales_in, case.format):
+        return []
+    return [f"marlin_gemm_{case.format}__m{t}" for t in TILES.values() if case.M / 4 <= t.tokens <= 4 * case.M]
 
 
 def group_of(name: str, group: int) -> int:
@@ -76,6 +85,8 @@ def candidates(case: Case, device: str, sets: int, kernels: list[str]) -> tuple[
             call(i)
             synchronize(device)
             error = max(error, require_correct(f"{case} {name}", outs[i], wanted, LIMITS[case.dtype]))
+    if device.startswith("cuda") and has_int4pack(case.N, case.K, device):
+        found["int4pack"] = int4pack(case.M, case.N, case.K, device, sets)[0]
     found["dense"] = lambda i: torch.matmul(data[i][0], dense[i % len(dense)].T, out=outs[i])
     return found, error
 
@@ -92,7 +103,7 @@ def measure(case: Case, device: str, kernels: list[str]) -> list[tuple[str, ...]
         times = host_times(calls, device, inner=inner, rounds=15, sets=sets)
     rows: list[tuple[str, ...]] = []
     for name, t in times.items():
-        dense = name == "dense"
+        dense = name in ("dense", "int4pack")
         save("gemm", str(case), name, t, device, operations=operations, error=None if dense else error)
         share = times["dense"].median / t.median
         goal = None if dense or case.M < 128 else GOAL.get(device.partition(":")[0])
@@ -111,6 +122,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["large"], help="large, smollm2, NxK")
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--kernel", nargs="+", default=[], help="variants to time as well")
+    parser.add_argument("--tiles", action="store_true", help="time every tile that suits the tokens")
     options = parser.parse_args()
     heading = ("case", "candidate", "µs", "p20", "p80", "TFLOP/s", "of dense", "error", "goal")
     for device in usable_devices(options.device):
@@ -124,6 +136,7 @@ def main() -> None:
                         case = Case(tokens, shape.N, shape.K, group, DTYPES[dtype], None, name, zeros, shape.model)
                         kernels = [f"marlin_gemm_{name}", *(k for k in options.kernel if f"_{name}" in k)]
                         kernels += [f"decode_gemv_{name}_batched"] if tokens <= 128 else []
+                        kernels += tiles(case) if options.tiles else []
                         rows += measure(case, device, kernels)
         table(device, [heading, *rows])
 

@@ -30,6 +30,7 @@ from common import (
     table,
     usable_devices,
 )
+from peers import has_int4pack, int4pack
 
 from metal_marlin.formats import codec
 from metal_marlin.ops.linear_decode import CASES, Case, linear_decode, linear_decode_ref, plan
@@ -38,7 +39,6 @@ DTYPES = {"half": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 LIMITS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
 GOAL_CASE = "1x4096x14336-g128-half"
 GOALS = {"cpu": 18.0, "cuda": 2200.0}  # GB/s; the second on an H100
-PEER_GROUP = 128
 
 
 @dataclass(frozen=True)
@@ -114,31 +114,9 @@ def candidates(case: Case, device: str, sets: int, kernel: str | None) -> dict[s
     ]
     dense_bytes = case.N * case.K * case.dtype.itemsize
     found["dense"] = Timed(lambda i: torch.mm(data[i][0], weights[i % 2].T, out=outs[i]), dense_bytes, None)
-    if device.partition(":")[0] in ("cpu", "cuda") and case.K % PEER_GROUP == 0 and case.N % 64 == 0:
-        found["int4pack"] = int4pack(case, device, sets)
+    if has_int4pack(case.N, case.K, device):
+        found["int4pack"] = Timed(*int4pack(case.M, case.N, case.K, device, sets))
     return found
-
-
-def int4pack(case: Case, device: str, sets: int) -> Timed:
-    """torch's int4 product: bfloat16, w = (q - 8) * scale + zero in groups of 128."""
-    rng = torch.Generator().manual_seed(1)
-    groups = case.K // PEER_GROUP
-    scales = (0.002 + 0.02 * torch.rand(groups, case.N, generator=rng)).bfloat16()
-    q = torch.randint(0, 16, (case.N, case.K), generator=rng, dtype=torch.int32)
-    both = torch.stack([scales, torch.zeros_like(scales)], -1).contiguous().to(device)
-    x = torch.randn(case.M, case.K, generator=rng).bfloat16().to(device)
-    if device == "cpu":
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
-        product = torch.ops.aten._weight_int4pack_mm_for_cpu
-    else:  # two codes a byte, the first in the upper bits
-        packed = torch.ops.aten._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8).to(device), 8)
-        product = torch.ops.aten._weight_int4pack_mm
-    copies = [packed, *(packed.clone() for _ in range(sets - 1))]
-    W = (q.double() - 8) * scales.double().T.repeat_interleave(PEER_GROUP, 1)
-    wanted = x.cpu().double() @ W.T
-    error = require_correct("int4pack", product(x, copies[-1], PEER_GROUP, both).cpu(), wanted, 2e-2)
-    moved = case.N * case.K // 2 + 4 * case.N * groups
-    return Timed(lambda i: product(x, copies[i], PEER_GROUP, both), moved, error)
 
 
 def measure(case: Case, device: str, ceiling: float, kernel: str | None) -> list[tuple[str, ...]]:

@@ -81,9 +81,21 @@ def kernels(
         typer.Option(help="File of names, one a line; exit with 1 if any is not a kernel here.", **_EXISTING),
     ] = None,
     missing: Annotated[bool, typer.Option("--missing", help="With --audit: print every missing name.")] = False,
+    plan: Annotated[
+        tuple[int, int, int] | None,
+        typer.Option(metavar="M N K", help="Instead: what a product of x [M, K] and quantised W [N, K] runs."),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="With --plan: cpu, cuda:sm_80, cuda:sm_90a, metal … or this machine's.")
+    ] = "",
+    format: Annotated[str, typer.Option(help="With --plan: of W; format:zeros says the zeros.")] = "fp4",
+    dtype: Annotated[str, typer.Option(help="With --plan: of x and the scales: half, bf16, f32.")] = "half",
 ) -> None:
-    """List the kernels that ship with the package, and what each belongs to."""
+    """List the kernels that ship with the package, and what each belongs to; or say which ones a product runs."""
     from metal_marlin.cli import kernels as command
+
+    if plan is not None:
+        raise typer.Exit(command.run_plan(*plan, device=device, format=format, dtype=dtype, as_json=json))
 
     raise typer.Exit(command.run(as_json=json, audit=audit, every=missing))
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from metal_marlin.cli.console import console, print_json, print_plain, print_table
+from metal_marlin.ops.explain import explain
 from metal_marlin.ops.inventory import KernelInfo, inventory
 
 _NAMED = 20  # missing names that an audit prints unasked
@@ -28,6 +29,20 @@ def run(*, as_json: bool, audit: Path | None, every: bool = False) -> int:
     headings = ["kernel", "file", "core", "op", "cases", "bench", "devices"]
     print_table(headings, rows, right=("cases",), whole="kernel")
     console.print(f"{len(found)} kernels in {len({k.file for k in found})} files")
+    return 0
+
+
+def run_plan(M: int, N: int, K: int, *, device: str, format: str, dtype: str, as_json: bool) -> int:
+    """Say what ``linear`` launches. Exit status: 0."""
+    name, _, zeros = format.partition(":")
+    steps = explain(M, N, K, device=device, format=name, zeros=zeros or "none", dtype=dtype)
+    if as_json:
+        print_json([asdict(step) for step in steps])
+    elif not console.is_terminal:
+        print_plain([[s.op, s.kernel, "x".join(map(str, s.threadgroups)), s.threads, s.why] for s in steps])
+    else:
+        rows = [[s.op, s.kernel, " × ".join(map(str, s.threadgroups)), s.threads or "", s.why] for s in steps]
+        print_table(["op", "kernel", "threadgroups", "threads", "why"], rows, right=("threads",), whole="kernel")
     return 0
 
 

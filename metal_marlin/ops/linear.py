@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,20 +11,47 @@ from metal_marlin.errors import ArgumentError
 from metal_marlin.ops import linear_decode as _decode
 from metal_marlin.ops import marlin_gemm as _gemm
 from metal_marlin.ops.dequantize import dequantize
-from metal_marlin.ops.product import product_ref, register
+from metal_marlin.ops.product import check, product_ref, register
+from metal_marlin.ops.weights import plan_kind
 
 # Most tokens for which reading the weights again for every 8 of them costs less than a tile of the GEMM, by device:
 # measured for cpu and cuda (bench/results), a guess for mps.
 FEW_TOKENS = {"cpu": 8, "cuda": 64, "mps": 8}
+# On cuda, half and bfloat16 (H200, bench/results): without tiles for them in the GEMM it is faster from so many tokens
+# on to decode W into memory and let torch multiply, and so it is with them from so many on.
+_LIBRARY_PLAIN = 33
+_LIBRARY_TILES = 2048
+_LIBRARY_MOST = 1 << 28  # weights, lest the memory they take for a while be more than 512 MiB
+_ROWS_TO_SHARE = 8192  # of W, from which on a tile reads x so much less often that it is worth while from 2 tokens on
 
 linear_ref = product_ref
 
 
-def plan(M: int, device: str, kernel: str | None = None) -> str:
-    """The op for M tokens on a device kind, "linear_decode" or "marlin_gemm"; ``kernel`` asks for a row of one."""
+@functools.lru_cache(maxsize=4096)
+def plan(
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    device: str,
+    format: str = "fp4",
+    kernel: str | None = None,
+    hopper: bool = False,
+) -> str:
+    """The op for x [M, K] in ``dtype`` and W [N, K]: "linear_decode", "marlin_gemm", or "dequantize" where W is decoded
+    into memory and torch multiplies. ``device``: cpu, cuda or mps; ``kernel`` asks for a row of one of the first two;
+    ``hopper``: the GPU has compute capability 9.0."""
     if kernel is not None:
         return "linear_decode" if kernel.startswith("decode_gemv") else "marlin_gemm"
-    return "linear_decode" if FEW_TOKENS.get(device, 8) >= M else "marlin_gemm"
+    if device != "cuda" or dtype == torch.float32:
+        return "linear_decode" if FEW_TOKENS.get(device, 8) >= M else "marlin_gemm"
+    tiles = K % 32 == 0 and _gemm.has_tiles(dtype, scale_dtype, format)
+    few = _LIBRARY_PLAIN - 1 if not tiles else 8 if N < _ROWS_TO_SHARE else 1
+    if few >= M:
+        return "linear_decode"
+    many = _LIBRARY_TILES if tiles and hopper else _LIBRARY_PLAIN
+    return "dequantize" if many <= M and N * K <= _LIBRARY_MOST else "marlin_gemm"
 
 
 def linear(
@@ -44,8 +72,9 @@ def linear(
     [N, groups], zeros and extra: as ``metal_marlin.formats.codec(format)`` makes them. group_size: 16, 32, 64, 128,
     256 or K, where the format has no size of its own. kernel: a row of ``linear_decode`` or ``marlin_gemm``, for
     measurements. out: where to write, x's dtype, shape of y.
-    Up to ``FEW_TOKENS`` tokens run in ``linear_decode``, more in ``marlin_gemm``. Differentiable in x (not with
-    ``out``): the gradient is that of the decoded weights. Raises ArgumentError naming the argument and the numbers.
+    ``plan`` says which kernels run; where it lets torch multiply decoded weights, torch's rules for sums hold.
+    Differentiable in x (not with ``out``): the gradient is that of the decoded weights.
+    Raises ArgumentError naming the argument and the numbers.
     """
     differentiated = x.requires_grad and torch.is_grad_enabled()
     if type(x) is torch.Tensor and not differentiated and not torch.compiler.is_compiling():
@@ -61,9 +90,31 @@ def linear(
     return out
 
 
-def _is_few(x: torch.Tensor, kernel: str | None) -> bool:
-    K = x.shape[-1] if x.ndim else 0  # of a wrong shape any op may say so
-    return plan(x.numel() // K if K else 0, x.device.type, kernel) == "linear_decode"
+def _op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, format: str, kernel: str | None) -> str:
+    K = x.shape[-1] if x.ndim else 0  # of wrong shapes any op may say so
+    N = codes.shape[0] if codes.ndim else 0
+    hopper = x.is_cuda and _gemm.is_hopper(x.device.index)
+    device = plan_kind(x.device.type)
+    return plan(x.numel() // K if K else 0, N, K, x.dtype, scales.dtype, device, format, kernel, hopper)
+
+
+def _by_library(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    extra: torch.Tensor | None,
+    format: str,
+    zeros: str,
+    group_size: int,
+    kernel: str | None,
+    out: torch.Tensor,
+) -> None:
+    M, N, K = check("linear", x, codes, scales, extra, format, zeros, group_size, out)
+    weight = dequantize(codes, scales, group_size, format=format, zeros=zeros, extra=extra, dtype=x.dtype)
+    torch.mm(x.reshape(M, K), weight.T, out=out.view(M, N))
+
+
+_RUNS = {"linear_decode": _decode._run, "marlin_gemm": _gemm._run, "dequantize": _by_library}
 
 
 def _run(
@@ -77,8 +128,8 @@ def _run(
     kernel: str | None,
     out: torch.Tensor,
 ) -> None:
-    op = _decode._run if _is_few(x, kernel) else _gemm._run
-    op(x, codes, scales, extra, format, zeros, group_size, kernel, out)
+    run = _RUNS[_op(x, codes, scales, format, kernel)]
+    run(x, codes, scales, extra, format, zeros, group_size, kernel, out)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import CANONICAL, codec
 from metal_marlin.ops.linear_decode_cases import Case, row_case
 from metal_marlin.ops.product import check, product_ref, register
@@ -23,6 +24,35 @@ _TILE = 64  # rows of W and tokens of a threadgroup; src/core/<device>/tile.h
 _THREADS = 128
 _TOKENS = 256  # most tokens of a threadgroup on the cpu; src/core/cpu/gemm.h
 
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile of its own for NVIDIA GPUs: rows of W and tokens of a threadgroup, its threads, whether it needs compute
+    capability 9.0 (core/nvidia/gemm_wgmma.h) or not (gemm_few.h), and how long K = 4096 takes it on an H200, in tenths
+    of a microsecond (0: chosen by tokens and rows alone)."""
+
+    rows: int
+    tokens: int
+    threads: int
+    hopper: bool
+    time: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.tokens}"
+
+
+_TILES = (
+    *(Tile(rows, 8, threads, False) for rows, threads in ((16, 512), (32, 512), (64, 256), (112, 256))),
+    *(Tile(rows, 16, threads, False) for rows, threads in ((16, 512), (32, 512), (64, 256), (112, 256))),
+    *(Tile(rows, 32, 256, False) for rows in (16, 32)),
+    Tile(64, 64, 256, True, 210),
+    Tile(128, 128, 256, True, 395),
+    Tile(128, 256, 256, True, 570),
+)
+TILES = {str(tile): tile for tile in _TILES}
+_FEW = 32  # tokens that the tiles without a time are for
+TILE_FORMATS = ("fp4", "int4", "int8")
+_MULTIPROCESSORS = 132
 
 _DTYPES = tuple(KEYS)
 _OTHERS = (
@@ -64,6 +94,11 @@ class Plan:
     layout: str = CANONICAL
 
 
+def has_tiles(dtype: torch.dtype, scale_dtype: torch.dtype, format: str) -> bool:
+    """Whether there are tiles of ``TILES`` for these."""
+    return format in TILE_FORMATS and dtype == scale_dtype != torch.float32
+
+
 @functools.lru_cache(maxsize=4096)
 def plan(
     M: int,
@@ -75,14 +110,30 @@ def plan(
     zeros: str = "none",
     pool: int = 1,
     kernel: str | None = None,
+    hopper: bool = False,
+    aligned: bool = True,
 ) -> Plan:
-    """The row and grid for x [M, K] in ``dtype``; ``device``: cpu, cuda or mps; ``pool``: threads of the CPU pool.
+    """The row and grid for x [M, K] in ``dtype``; ``device``: cpu, cuda or mps; ``pool``: threads of the CPU pool;
+    ``hopper``: the GPU has compute capability 9.0; ``aligned``: K is a multiple of 32, x and codes start at 16 bytes.
 
-    ``kernel`` asks for a variant of the format, such as "marlin_gemm_fp4_single_stage".
-    Raises ArgumentError for dtypes and variants that have no row.
+    ``kernel`` asks for a variant of the format, such as "marlin_gemm_fp4_single_stage", or a tile of it, such as
+    "marlin_gemm_fp4__m32x16".
+    Raises ArgumentError for dtypes and variants that have no row, or none that runs here.
     """
     known = [f"marlin_gemm_{codec(format).name}{variant}" for variant in VARIANTS.get(format, ("",))]
-    row = row_name("marlin_gemm", kernel or known[0], known, dtype, scale_dtype, format, zeros)
+    tiles = TILES if has_tiles(dtype, scale_dtype, format) else {}
+    base, _, tile = (kernel or known[0]).partition("__m")
+    if tile and (base != known[0] or tile not in tiles):
+        raise ArgumentError(f"marlin_gemm: kernel is {kernel!r}; tiles of {known[0]} are {', '.join(tiles) or 'none'}")
+    if kernel is None and tiles and device == "cuda" and aligned:
+        tile = _tile(M, N, hopper)
+    row = row_name("marlin_gemm", base, known, dtype, scale_dtype, format, zeros, tile)
+    if tile and device == "cuda":
+        t = TILES[tile]
+        if not aligned or (t.hopper and not hopper):
+            need = "K % 32 = 0, x and codes at multiples of 16 bytes" if not aligned else "compute capability 9.0"
+            raise ArgumentError(f"marlin_gemm: kernel {row!r} needs {need}")
+        return Plan(row, (-(-N // t.rows), -(-M // t.tokens)), t.threads, t.rows, t.tokens, lanes=32)
     across = -(-N // _TILE)
     if device != "cpu":
         return Plan(row, (across, -(-M // _TILE)), _THREADS, _TILE, _TILE, lanes=32)
@@ -91,6 +142,28 @@ def plan(
         blocks += 1
     tokens = -(-M // blocks)
     return Plan(row, (across, -(-M // tokens)), 1, _TILE, tokens, lanes=1)
+
+
+def _tile(M: int, N: int, hopper: bool) -> str:
+    """The tile of least time: for few tokens one whose threadgroups the multiprocessors take at once and are as many as
+    can be, else by how often the multiprocessors have to take one. "": none suits."""
+    if M <= _FEW:
+        every = [tile for tile in _TILES if tile.time == 0]
+        most = max(tile.rows for tile in every)
+        few = [tile for tile in every if -(-N // tile.rows) <= _MULTIPROCESSORS or tile.rows == most]
+        return str(min(few, key=lambda tile: (-(-M // tile.tokens), tile.tokens, tile.rows)))
+
+    def cost(tile: Tile) -> int:
+        blocks = -(-N // tile.rows) * -(-M // tile.tokens)
+        return -(-blocks // _MULTIPROCESSORS) * tile.time
+
+    return str(min((tile for tile in _TILES if tile.time), key=cost)) if hopper else ""
+
+
+@functools.lru_cache(maxsize=64)
+def is_hopper(index: int) -> bool:
+    """Whether a CUDA device has compute capability 9.0."""
+    return torch.cuda.get_device_capability(index) == (9, 0)
 
 
 marlin_gemm_ref = product_ref
@@ -137,10 +210,11 @@ def _run(
     M, N, K = check("marlin_gemm", x, codes, scales, extra, format, zeros, group_size, out)
     kind = plan_kind(x.device.type)
     pool = torch.get_num_threads() if kind == "cpu" else 1
-    p = plan(max(M, 1), N, x.dtype, scales.dtype, kind, format, zeros, pool, kernel)
+    hopper = kind == "cuda" and is_hopper(x.device.index)
+    aligned = K % 32 == 0 and on_16_bytes(x, codes)
+    p = plan(max(M, 1), N, x.dtype, scales.dtype, kind, format, zeros, pool, kernel, hopper, aligned)
     if M == 0 or N == 0:
         return
-    aligned = K % 32 == 0 and on_16_bytes(x, codes)
     shape = {"M": M, "N": N, "K": K, "group": group_size, "rows": p.rows, "tokens": p.tokens, "aligned": int(aligned)}
     dispatch_kernel(
         library(FAMILY, str(x.device), p.lanes),

@@ -17,10 +17,17 @@ KEYS = {torch.float16: "half", torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
 def row_name(
-    op: str, base: str, known: Sequence[str], dtype: torch.dtype, scale_dtype: torch.dtype, format: str, zeros: str
+    op: str,
+    base: str,
+    known: Sequence[str],
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    format: str,
+    zeros: str,
+    tile: str = "",
 ) -> str:
-    """The host name of a kernel's row: ``base`` (one of ``known``) and keys. Raises ArgumentError in the name of
-    ``op`` for what has no row."""
+    """The host name of a kernel's row: ``base`` (one of ``known``) and keys; ``tile``: where it is not the usual one.
+    Raises ArgumentError in the name of ``op`` for what has no row."""
     form = codec(format)
     if base not in known:
         raise ArgumentError(f"{op}: kernel is {base!r}; {format} has {', '.join(known)}")
@@ -32,6 +39,7 @@ def row_name(
     keys = [] if dtype == torch.float16 else [f"t{KEYS[dtype]}"]
     keys += [f"s{KEYS[scale_dtype]}"] if form.scale_kind == "float" and scale_dtype != dtype else []
     keys += [f"z{zeros}"] if zeros != "none" else []
+    keys += [f"m{tile}"] if tile else []
     return f"{base}__{'_'.join(keys)}" if keys else base
 
 
@@ -43,12 +51,17 @@ def on_16_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def read_row(name: str) -> tuple[str, torch.dtype, torch.dtype | None, str]:
-    """Kernel, dtype, dtype of the scales (None: not said) and zeros that a row's name says."""
+    """Kernel (with its tile), dtype, dtype of the scales (None: not said) and zeros that a row's name says."""
     base, _, said = name.partition("__")
     keys = {key[0]: key[1:] for key in said.split("_") if key}
     dtypes = {word: dtype for dtype, word in KEYS.items()}
     scales = dtypes[keys["s"]] if "s" in keys else None
-    return base, dtypes[keys.get("t", "half")], scales, keys.get("z", "none")
+    return (
+        base + (f"__m{keys['m']}" if "m" in keys else ""),
+        dtypes[keys.get("t", "half")],
+        scales,
+        keys.get("z", "none"),
+    )
 
 
 @functools.lru_cache(maxsize=256)

@@ -15,18 +15,23 @@
 #include "formats/weights.h"
 using namespace metal;
 
-template <typename W, typename T, typename Schedule>
-[[kernel]] void
-marlin_gemm(device const T* x [[buffer(0)]], device const uint* codes [[buffer(1)]],
-            device const typename W::S* scales [[buffer(2)]],
-            device const typename W::Bound* extra [[buffer(3)]], device T* y [[buffer(4)]],
-            constant GemmShape& shape [[buffer(5)]], uint3 tgid [[threadgroup_position_in_grid]],
-            uint sgid [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-    typedef Gemm<W, T, Schedule, NoEpilogue> Core;
-    threadgroup typename Core::Shared sh;
-    Core::run(GemmArguments<W, T>(x, codes, scales, extra, y, shape), GemmPlace{tgid, sgid, lane}, sh,
-              NoEpilogue());
-}
+// The bound lets assemblers give a thread as many registers as so many threads leave it.
+#define ENTRY(entry, threads)                                                                                \
+    template <typename W, typename T, typename Schedule>                                                     \
+    [[kernel, max_total_threads_per_threadgroup(threads)]] void entry(                                       \
+        device const T* x [[buffer(0)]], device const uint* codes [[buffer(1)]],                             \
+        device const typename W::S* scales [[buffer(2)]],                                                    \
+        device const typename W::Bound* extra [[buffer(3)]], device T* y [[buffer(4)]],                      \
+        constant GemmShape& shape [[buffer(5)]], uint3 tgid [[threadgroup_position_in_grid]],                \
+        uint sgid [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {             \
+        typedef Gemm<W, T, Schedule, NoEpilogue> Core;                                                       \
+        threadgroup typename Core::Shared sh;                                                                \
+        Core::run(GemmArguments<W, T>(x, codes, scales, extra, y, shape), GemmPlace{tgid, sgid, lane}, sh,   \
+                  NoEpilogue());                                                                             \
+    }
+ENTRY(marlin_gemm, 128)
+ENTRY(marlin_gemm_256, 256)
+ENTRY(marlin_gemm_512, 512)
 
 // Scales of a float type: W is a template of it. z: what follows the other keys, and first where there is none.
 #define ROWS(name, W, Schedule, first, z)                                                                    \
@@ -61,3 +66,34 @@ ROWS("marlin_gemm_uint8", Uint8Packed, DoubleStage, "__zpacked", "_zpacked")
 ROWS("marlin_gemm_uint8", Uint8Bias, DoubleStage, "__zbias", "_zbias")
 ROWS("marlin_gemm_fp8_e4m3", Fp8E4M3, DoubleStage, "", "")
 ROWS("marlin_gemm_fp8_e5m2", Fp8E5M2, DoubleStage, "", "")
+
+// Tiles with asynchronous copies; m: rows of W and tokens of a threadgroup.
+#define FEW(name, rows, tokens, threads, W, T)                                                               \
+    INSTANTIATE(name "m" #rows "x" #tokens,                                                                  \
+                marlin_gemm_##threads<W, T, FewTokens<rows, tokens, threads / 32, 8>>)
+#define MANY(name, rows, tokens, depth, W, T)                                                                \
+    INSTANTIATE(name "m" #rows "x" #tokens, marlin_gemm_256<W, T, ManyTokens<rows, tokens, depth>>)
+#define TILES(name, W, T)                                                                                    \
+    FEW(name, 16, 8, 512, W, T)                                                                              \
+    FEW(name, 32, 8, 512, W, T)                                                                              \
+    FEW(name, 64, 8, 256, W, T)                                                                              \
+    FEW(name, 112, 8, 256, W, T)                                                                             \
+    FEW(name, 16, 16, 512, W, T)                                                                             \
+    FEW(name, 32, 16, 512, W, T)                                                                             \
+    FEW(name, 64, 16, 256, W, T)                                                                             \
+    FEW(name, 112, 16, 256, W, T)                                                                            \
+    FEW(name, 16, 32, 256, W, T)                                                                             \
+    FEW(name, 32, 32, 256, W, T)                                                                             \
+    MANY(name, 64, 64, 5, W, T)                                                                              \
+    MANY(name, 128, 128, 6, W, T)                                                                            \
+    MANY(name, 128, 256, 5, W, T)
+#define ROWS_TILES(name, W, z)                                                                               \
+    TILES(name "__" z, W<half>, half)                                                                        \
+    TILES(name "__tbf16_" z, W<bfloat>, bfloat)
+
+ROWS_TILES("marlin_gemm_fp4", Fp4, "")
+ROWS_TILES("marlin_gemm_int4", Int4, "")
+ROWS_TILES("marlin_gemm_int4", Int4Point, "zpoint_")
+ROWS_TILES("marlin_gemm_int4", Int4Packed, "zpacked_")
+ROWS_TILES("marlin_gemm_int4", Int4Bias, "zbias_")
+ROWS_TILES("marlin_gemm_int8", Int8, "")

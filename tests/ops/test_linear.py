@@ -46,17 +46,16 @@ def test_matches_the_definition(M: int, dtype: torch.dtype, device: str) -> None
     assert (y.cpu().double() - want).norm() <= LIMITS[dtype] * want.norm()
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("name", "zeros", "group"), KINDS)
-def test_few_tokens_are_decoded_and_more_are_tiled(name: str, zeros: str, group: int, device: str) -> None:
-    few = FEW_TOKENS[device]
+def test_few_tokens_are_decoded_and_more_are_tiled(name: str, zeros: str, group: int) -> None:
+    few = FEW_TOKENS["cpu"]
     for M, op, family in (
         (1, linear_decode, "decode_gemv"),
         (few, linear_decode, "decode_gemv"),
         (few + 1, marlin_gemm, "marlin_gemm"),
     ):
         case = Case(M, 33, 128, group, torch.float16, None, name, zeros)
-        x, codes, scales, extra = case.tensors(device)
+        x, codes, scales, extra = case.tensors()
         options = {"format": name, "zeros": zeros, "extra": extra}
         found: list[torch.Tensor] = []
         rows = launched(lambda: found.append(linear(x, codes, scales, group, **options)))  # type: ignore[arg-type]  # noqa: B023
@@ -65,12 +64,61 @@ def test_few_tokens_are_decoded_and_more_are_tiled(name: str, zeros: str, group:
         assert torch.equal(found[0], op(x, codes, scales, group, **options))  # type: ignore[arg-type]
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize(("name", "zeros", "group"), KINDS)
+@pytest.mark.parametrize("M", [1, 8, 9, 32, 33, 200])
+def test_every_number_of_tokens_on_a_gpu(M: int, name: str, zeros: str, group: int) -> None:
+    """Whatever is planned gives the product of the decoded weights."""
+    case = Case(M, 70, 256, group, torch.float16, None, name, zeros)
+    x, codes, scales, extra = case.tensors("cuda")
+    options = {"format": name, "zeros": zeros, "extra": extra}
+    y, want = linear(x, codes, scales, group, **options), linear_ref(x, codes, scales, group, **options)  # type: ignore[arg-type]
+    assert (y.double() - want).norm() <= 1e-3 * want.norm()
+
+
+def op_for(M: int, N: int = 4096, K: int = 4096, device: str = "cuda", **options: object) -> str:
+    given = {"dtype": torch.float16, "scale_dtype": torch.float16, "hopper": True, **options}
+    return plan(M, N, K, device=device, **given)  # type: ignore[arg-type]
+
+
 def test_plan() -> None:
     for device, few in FEW_TOKENS.items():
-        assert plan(0, device) == plan(1, device) == plan(few, device) == "linear_decode"
-        assert plan(few + 1, device) == plan(4096, device) == "marlin_gemm"
-    assert plan(1, "cpu", "marlin_gemm_fp4") == "marlin_gemm"
-    assert plan(999, "cpu", "decode_gemv_fp4_batched") == "linear_decode"
+        options = {"device": device, "dtype": torch.float32}
+        assert op_for(0, **options) == op_for(1, **options) == op_for(few, **options) == "linear_decode"
+        assert op_for(few + 1, **options) == op_for(4096, **options) == "marlin_gemm"
+    assert op_for(1, device="cpu", kernel="marlin_gemm_fp4") == "marlin_gemm"
+    assert op_for(999, device="cpu", kernel="decode_gemv_fp4_batched") == "linear_decode"
+
+
+def test_plan_on_nvidia_gpus() -> None:
+    assert op_for(8) == "linear_decode"
+    assert op_for(9) == op_for(2, N=14336) == op_for(2047) == "marlin_gemm"
+    assert op_for(2048) == "dequantize"
+    # no tiles: another format, scales of another dtype, K that is no multiple of 32, another GPU for many tokens
+    for options in ({"format": "mxfp4"}, {"scale_dtype": torch.float32}, {"K": 4104}):
+        assert op_for(32, **options) == "linear_decode"
+        assert op_for(33, **options) == "dequantize"
+    assert op_for(32, hopper=False) == "marlin_gemm"
+    assert op_for(33, hopper=False) == "dequantize"
+    # decoded weights would take more than 512 MiB
+    assert op_for(4096, N=1 << 18) == "marlin_gemm"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("name", "zeros", "group"), KINDS)
+def test_decoded_for_the_library(
+    name: str, zeros: str, group: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metal_marlin.ops.linear.plan", lambda *_: "dequantize")
+    case = Case(40, 33, 128, group, torch.float16, None, name, zeros)
+    x, codes, scales, extra = case.tensors(device)
+    options = {"format": name, "zeros": zeros, "extra": extra}
+    found: list[torch.Tensor] = []
+    call = lambda: found.append(linear(x.view(2, 20, 128), codes, scales, group, **options))  # type: ignore[arg-type]  # noqa: E731
+    assert all(row.startswith("dequant_") for row in launched(call))
+    want = linear_ref(x, codes, scales, group, **options)  # type: ignore[arg-type]
+    assert found[0].shape == (2, 20, 33)
+    assert (found[0].view(40, 33).double() - want).norm() <= 1e-3 * want.norm()
 
 
 def test_asked_for_a_kernel() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from metal_marlin.ops.marlin_gemm import (
     CASES,
     FAMILY,
     OP,
+    TILE_FORMATS,
+    TILES,
     VARIANTS,
     Case,
     Plan,
@@ -143,6 +146,61 @@ def test_every_row(case: Case, variant: str) -> None:
     check(call(case, tensors, kernel=f"marlin_gemm_{case.format}{variant}"), case, tensors)
 
 
+def tile_cases() -> list[object]:
+    """Every tile: tails of all three sizes, scales of every kind of group."""
+    found: list[object] = []
+    for tile in TILES.values():
+        rows, m = tile.rows, tile.tokens
+        for name, zeros in [(f, z) for f, z in KINDS if f in TILE_FORMATS]:
+            for dtype in (torch.float16, torch.bfloat16):
+                shapes = [(m, rows, 512, 128), (m - 1, rows + 1, 96, 32), (2 * m + 1, 3 * rows - 7, 1184, 16)]
+                shapes += [(1, 4 * rows, 2048, 64), (min(m, 40), 8, 4128, 4128), (m // 2 + 1, 1, 32, 32)]
+                for M, N, K, group in shapes:
+                    case = Case(M, N, K, group, dtype, None, name, zeros)
+                    found.append(pytest.param(case, f"__m{tile}", id=f"{case}-m{tile}"))
+    return found
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("case", "variant"), tile_cases())
+def test_every_tile_on_a_gpu(case: Case, variant: str) -> None:
+    tensors = case.tensors("cuda")
+    around = torch.full((case.M * case.N + 512,), float("nan"), dtype=case.dtype, device="cuda")
+    out = around[256:-256].view(case.M, case.N)
+    call(case, tensors, kernel=f"marlin_gemm_{case.format}{variant}", out=out)
+    check(out.clone(), case, tensors)
+    assert around[:256].isnan().all()
+    assert around[-256:].isnan().all()
+    first = out.clone()
+    call(case, tensors, kernel=f"marlin_gemm_{case.format}{variant}", out=out)
+    assert torch.equal(out, first)
+
+
+def test_plans_on_hopper() -> None:
+    def of(M: int, N: int = 4096, **options: object) -> Plan:
+        return plan(M, N, torch.float16, torch.float16, "cuda", hopper=True, **options)  # type: ignore[arg-type]
+
+    rows = {8: "32x8", 9: "32x16", 32: "32x32", 64: "64x64", 128: "64x64", 512: "128x128", 4096: "128x256"}
+    assert {M: of(M).kernel for M in rows} == {M: f"marlin_gemm_fp4__m{tile}" for M, tile in rows.items()}
+    wide = {8: "112x8", 32: "112x16", 64: "128x128", 128: "128x128", 512: "128x256"}
+    assert {M: of(M, 14336).kernel for M in wide} == {M: f"marlin_gemm_fp4__m{tile}" for M, tile in wide.items()}
+    assert of(1, 128256).kernel == "marlin_gemm_fp4__m112x8"
+    assert of(128).threadgroups == (64, 2)
+    assert of(64, aligned=False).kernel == "marlin_gemm_fp4"
+    with pytest.raises(ArgumentError, match="K % 32 = 0"):
+        of(64, aligned=False, kernel="marlin_gemm_fp4__m32x16")
+    with pytest.raises(ArgumentError, match=r"compute capability 9\.0"):
+        plan(64, 64, torch.float16, torch.float16, "cuda", kernel="marlin_gemm_fp4__m128x128")
+    with pytest.raises(ArgumentError, match="tiles of marlin_gemm_fp4 are 16x8"):
+        of(64, kernel="marlin_gemm_fp4__m7x7")
+
+
+@pytest.mark.parametrize(("case", "variant"), tile_cases()[::41])
+def test_every_tile(case: Case, variant: str) -> None:
+    tensors = case.tensors()
+    check(call(case, tensors, kernel=f"marlin_gemm_{case.format}{variant}"), case, tensors)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize(("case", "variant"), [p.values for p in row_cases()], ids=str)  # type: ignore[attr-defined]
 def test_every_row_on_a_gpu(case: Case, variant: str) -> None:
@@ -157,6 +215,13 @@ def test_rows_are_what_plans_name() -> None:
         for variant in VARIANTS.get(name, ("",))
         for d in DTYPES
         for s in codec(name).scale_dtypes
+    }
+    names |= {
+        plan(9, 64, d, d, "cpu", name, zeros, 1, f"marlin_gemm_{name}__m{tile}").kernel
+        for name, zeros in KINDS
+        if name in TILE_FORMATS
+        for tile in TILES
+        for d in (torch.float16, torch.bfloat16)
     }
     assert names == set(MetalKernelLibrary(FAMILY, device="cpu").kernels)
 
@@ -220,7 +285,7 @@ def test_compiles_for_other_targets(target: str, most: int) -> None:
     for name in library.kernels[:: 12 if most else 24]:
         row = library.compile(name)
         assert row.binary
-        assert not most or row.meta.threadgroup_bytes <= most << 10
+        assert not most or row.meta.threadgroup_bytes <= (227 if re.search("_m[0-9]", name) else most) << 10
 
 
 @pytest.mark.parametrize("kernel", ["marlin_gemm_fp4", "marlin_gemm_fp4__tf32", "marlin_gemm_int8__tbf16"])
@@ -240,7 +305,7 @@ def test_single_stage_has_one_stage() -> None:
 def test_variants_have_the_same_bits(dtype: torch.dtype, device: str) -> None:
     case = Case(70, 65, 328, 64, dtype)
     tensors = case.tensors(device)
-    plain = call(case, tensors)
+    plain = call(case, tensors, kernel="marlin_gemm_fp4")
     for variant in ("_fp32acc", "_single_stage"):
         assert torch.equal(call(case, tensors, kernel=f"marlin_gemm_fp4{variant}"), plain)
 
@@ -303,13 +368,16 @@ def test_writes_only_its_output(case: Case, device: str) -> None:
 def test_views_that_start_anywhere(name: str, dtype: torch.dtype, device: str) -> None:
     case = Case(9, 70, 96, 32, dtype, None, name)
     tensors = case.tensors(device)
-    y = call(case, tensors)
+    kernel = f"marlin_gemm_{name}"
+    y = call(case, tensors, kernel=kernel)
     moved = []
     for t in tensors[:3]:
         room = torch.empty(t.numel() + 1, dtype=t.dtype, device=device)
         room[1:] = t.flatten()
         moved.append(room[1:].view(t.shape))
-    assert torch.equal(call(case, (*moved, None)), y)  # type: ignore[arg-type]
+    moved_on = (*moved, None)
+    assert torch.equal(call(case, moved_on, kernel=kernel), y)  # type: ignore[arg-type]
+    check(call(case, moved_on), case, tensors)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("device", DEVICES)

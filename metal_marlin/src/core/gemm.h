@@ -65,6 +65,20 @@ struct SingleStage {
 struct DoubleStage {
     enum : uint { kStages = 2 };
 };
+// Asynchronous copies, kDepth stages; kRows of W and kTokens of a threadgroup. Devices without such copies have the two
+// stages above.
+template <uint kRows_, uint kTokens_, uint kSimdgroups_, uint kDepth_> struct FewTokens {
+    enum : uint {
+        kStages = 2,
+        kRows = kRows_,
+        kTokens = kTokens_,
+        kSimdgroups = kSimdgroups_,
+        kDepth = kDepth_
+    };
+};
+template <uint kRows_, uint kTokens_, uint kDepth_> struct ManyTokens {
+    enum : uint { kStages = 2, kRows = kRows_, kTokens = kTokens_, kDepth = kDepth_ };
+};
 
 // Epilogues: what becomes of a sum before it is rounded.
 struct NoEpilogue {

@@ -51,13 +51,6 @@ template <typename Q, typename T> struct GemvArguments {
     uint group(uint k) const { return min(k >> shift, groups - 1); }
 };
 
-// Codes of formats with zeros or biases are unsigned. Their sums are taken of value - kMiddle, which is small and exact,
-// and what is left of the offset is small too: less is lost when the two are added.
-template <typename Q> struct GemvMiddle {
-    static constexpr constant float value = Q::kAffine ? float(1 << (Q::Format::kBits - 1)) : 0.0f;
-    static float offset(typename Q::Group g) { return g.bias + g.scale * (value - g.zero); }
-};
-
 // Where a thread stands; sgs: simdgroups of a threadgroup.
 struct GemvPlace {
     uint3 tgid;

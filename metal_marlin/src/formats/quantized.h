@@ -111,3 +111,10 @@ template <typename Format_, typename Scale_, typename Extra_ = NoExtra> struct Q
         return Row{scales + n * groups, extra, n, groups, Extra::kFactor ? float(extra[0]) : 1.0f};
     }
 };
+
+// Codes of formats with zeros or biases are unsigned. Their sums are taken of value - kMiddle, which is small and exact,
+// and what is left of the offset is small too: less is lost when the two are added.
+template <typename Q> struct Middle {
+    static constexpr constant float value = Q::kAffine ? float(1 << (Q::Format::kBits - 1)) : 0.0f;
+    static float offset(typename Q::Group g) { return g.bias + g.scale * (value - g.zero); }
+};

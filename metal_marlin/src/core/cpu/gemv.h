@@ -44,7 +44,7 @@ template <typename Q, typename T, uint kTokens> struct WideGemv {
 
     static void run(GemvArguments<Q, T> a, GemvPlace at, threadgroup Shared&) {
         const uint begin = at.tgid.x * a.rows, end = min(begin + a.rows, a.N), token = at.tgid.y * kTokens;
-        const Dot dot(GemvMiddle<Q>::value);
+        const Dot dot(Middle<Q>::value);
         Pass pass;
         for (uint row = begin; row < end; row += kMost) {
             const uint count = min(uint(kMost), end - row);
@@ -124,7 +124,7 @@ template <typename Q, typename T, uint kTokens> struct WideGemv {
             wide_store(scales + at, WideScale<typename Q::Scale>::of(stored) * (row.factor * Dot::kUnit));
         }
         if (Q::kAffine) {
-            for (uint g = 0; g < b.groups; ++g) offsets[g] = GemvMiddle<Q>::offset(row.group(b.first + g));
+            for (uint g = 0; g < b.groups; ++g) offsets[g] = Middle<Q>::offset(row.group(b.first + g));
         }
     }
 

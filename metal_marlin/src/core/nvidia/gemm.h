@@ -1,5 +1,22 @@
 #pragma once
 #ifdef __METAL_MARLIN_CUDA__
+#include "core/nvidia/gemm_few.h"
+#include "core/nvidia/gemm_wgmma.h"
+
+// Which pipeline a schedule is here. float has no matrix instruction that keeps its precision.
+template <typename W, typename T, typename Schedule, typename Epilogue> struct GemmOf {
+    typedef TileGemm<W, T, Schedule, Epilogue> type;
+};
+template <typename W, typename T, uint kRows, uint kTokens, uint kSimdgroups, uint kDepth, typename Epilogue>
+struct GemmOf<W, T, FewTokens<kRows, kTokens, kSimdgroups, kDepth>, Epilogue> {
+    typedef FewGemm<W, T, FewTokens<kRows, kTokens, kSimdgroups, kDepth>, Epilogue> type;
+};
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+template <typename W, typename T, uint kRows, uint kTokens, uint kDepth, typename Epilogue>
+struct GemmOf<W, T, ManyTokens<kRows, kTokens, kDepth>, Epilogue> {
+    typedef WgmmaGemm<W, T, ManyTokens<kRows, kTokens, kDepth>, Epilogue> type;
+};
+#endif
 template <typename W, typename T, typename Schedule, typename Epilogue>
-using Gemm = TileGemm<W, T, Schedule, Epilogue>;
+using Gemm = typename GemmOf<W, T, Schedule, Epilogue>::type;
 #endif

@@ -80,7 +80,7 @@ template <typename Q, typename T, uint kTokens> struct MmaGemv {
             for (uint run = 0; run < (kFine ? uint(kRuns) : 1); ++run) {
                 const uint g = a.group(k + 16 * run);
                 n.scales[h][run] = lane.rows[h].scales[g];
-                if (Q::kAffine) n.offsets[h][run] = GemvMiddle<Q>::offset(lane.rows[h].group(g));
+                if (Q::kAffine) n.offsets[h][run] = Middle<Q>::offset(lane.rows[h].group(g));
             }
         }
         for (uint j = 0; j < kXs; ++j) {

@@ -25,6 +25,11 @@ template <> struct MmaPair<half> {
         __asm__("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
         return d;
     }
+    static uint plus(uint a, uint b) {
+        uint d;
+        __asm__("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+        return d;
+    }
     static uint minus(uint a, uint b) {
         uint d;
         __asm__("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
@@ -45,7 +50,8 @@ template <> struct MmaPair<bfloat> { // sm_80 has fma only
         __asm__("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
         return d;
     }
-    static uint minus(uint a, uint b) { return fma(a, 0x3f803f80u, b ^ 0x80008000u); }
+    static uint plus(uint a, uint b) { return fma(a, 0x3f803f80u, b); }
+    static uint minus(uint a, uint b) { return plus(a, b ^ 0x80008000u); }
     static void mma(thread float (&d)[4], uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
         __asm__("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
                 "{%0,%1,%2,%3};"
@@ -170,4 +176,17 @@ template <> struct MmaDecode<FP8E4M3, bfloat> : MmaPlain {
         }
     }
 };
+
+// A word's codes 2 * i and 2 * i + 1 as pair i: neighbours along k.
+template <typename Format, typename T>
+static inline void mma_neighbours(uint word, thread uint (&w)[Format::kPerWord / 2]) {
+    uint p[Format::kPerWord / 2];
+    MmaDecode<Format, T>::pairs(word, p);
+    enum : uint { kHalf = Format::kPerWord / 4 };
+#pragma unroll
+    for (uint i = 0; i < kHalf; ++i) {
+        w[i] = mma_permute(p[2 * i], p[2 * i + 1], 0x5410);
+        w[i + kHalf] = mma_permute(p[2 * i], p[2 * i + 1], 0x7632);
+    }
+}
 #endif

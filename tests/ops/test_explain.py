@@ -1,0 +1,71 @@
+"""What `metal-marlin kernels --plan` says a product launches is what it launches."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from metal_marlin.cli.commands import app
+from metal_marlin.errors import ArgumentError
+from metal_marlin.ops.explain import explain
+from metal_marlin.ops.linear import linear
+from metal_marlin.ops.marlin_gemm import Case
+from metal_marlin.runtime.counters import counters, reset_counters
+
+DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.cuda)]
+NAMES = {"half": torch.float16, "f32": torch.float32}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", NAMES)
+@pytest.mark.parametrize(
+    ("name", "zeros", "group"), [("fp4", "none", 64), ("int4", "packed", 32), ("nvfp4", "none", 16)]
+)
+@pytest.mark.parametrize("M", [1, 8, 9, 40])
+def test_is_what_runs(M: int, name: str, zeros: str, group: int, dtype: str, device: str) -> None:
+    x, codes, scales, extra = Case(M, 48, 256, group, NAMES[dtype], None, name, zeros).tensors(device)
+    steps = explain(M, 48, 256, device="cpu" if device == "cpu" else "", format=name, zeros=zeros, dtype=dtype)
+    reset_counters()
+    linear(x, codes, scales, group, format=name, zeros=zeros, extra=extra)
+    assert [s.kernel for s in steps if s.threads] == list(counters())
+
+
+def test_of_other_devices() -> None:
+    def of(M: int, N: int, K: int, device: str, **options: str) -> list[str]:
+        return [step.kernel for step in explain(M, N, K, device=device, **options)]
+
+    assert of(1, 4096, 4096, "cuda:sm_90a") == ["decode_gemv_fp4"]
+    assert of(16, 14336, 4096, "cuda:sm_80") == ["marlin_gemm_fp4__m112x16"]
+    assert of(500, 4096, 4096, "cuda:sm_90a", dtype="bf16") == ["marlin_gemm_fp4__tbf16_m128x128"]
+    assert of(500, 4096, 4096, "cuda:sm_80") == ["dequant_fp4_bulk", "the library's"]
+    assert of(500, 4096, 4096, "metal", format="uint8") == ["marlin_gemm_uint8__zpacked"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "said"),
+    [
+        ((0, 8, 8), {}, "M, N, K are 0, 8, 8"),
+        ((1, 8, 12), {}, "K = 12 is no multiple of 8"),
+        ((1, 8, 8), {"dtype": "int"}, "dtype is 'int'"),
+        ((1, 8, 8), {"format": "fp5"}, "fp5"),
+    ],
+)
+def test_bad_input(sizes: tuple[int, int, int], options: dict[str, str], said: str) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        explain(*sizes, device="cpu", **options)
+
+
+def test_command() -> None:
+    def call(*words: str) -> str:
+        result = CliRunner().invoke(app, ["kernels", "--plan", *words])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    found = json.loads(call("64", "4096", "4096", "--device", "cuda:sm_90a", "--format", "int4:point", "--json"))
+    assert [(s["op"], s["kernel"], s["threadgroups"], s["threads"]) for s in found] == [
+        ("marlin_gemm", "marlin_gemm_int4__zpoint_m64x64", [64, 1], 256)
+    ]
+    assert call("1", "64", "64", "--device", "cpu").startswith("linear_decode\tdecode_gemv_fp4\t")
