@@ -55,8 +55,9 @@ def inventory() -> list[KernelInfo]:
     specs = op_specs()
     rows = [row for path in source_files() for row in _rows(path, specs)]
     for spec in specs:
-        if not any(spec.claims(row.file, row.name) for row in rows):
-            raise MetalMarlinError(f"op '{spec.name}' claims no kernel of {spec.family_file}")
+        for file in (spec.family_file, *spec.more_files):
+            if not any(spec.claims(row.file, row.name) for row in rows if row.file == file):
+                raise MetalMarlinError(f"op '{spec.name}' claims no kernel of {file}")
     return sorted(rows, key=lambda row: row.name)
 
 

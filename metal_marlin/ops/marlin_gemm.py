@@ -19,7 +19,7 @@ from metal_marlin.runtime.dispatch import dispatch_kernel
 __all__ = ["CASES", "FAMILY", "OP", "Case", "Plan", "marlin_gemm", "marlin_gemm_ref", "plan"]
 
 FAMILY = "marlin_gemm.metal"
-VARIANTS = {"fp4": ("", "_fp32acc", "_single_stage")}  # of formats that have more than the plain rows
+VARIANTS = {"fp4": ("", "_fp32acc", "_single_stage", "_3stage")}  # of formats that have more than the plain rows
 _TILE = 64  # rows of W and tokens of a threadgroup; src/core/<device>/tile.h
 _THREADS = 128
 _TOKENS = 256  # most tokens of a threadgroup on the cpu; src/core/cpu/gemm.h
@@ -52,6 +52,18 @@ _TILES = (
 TILES = {str(tile): tile for tile in _TILES}
 _FEW = 32  # tokens that the tiles without a time are for
 TILE_FORMATS = ("fp4", "int4", "int8")
+# fp4 rows with a tile of their own on every device, half and bfloat16: file, rows of W and tokens of a threadgroup.
+_SIZES = "32x32x32 64x32x32 32x64x32 64x64x16 64x64x32 64x64x64 128x64x32 64x128x32 128x128x16"
+NAMED = {
+    **{
+        f"marlin_gemm_fp4_{size}": ("kernels_autotune.metal", int(size.split("x")[1]), int(size.split("x")[0]))
+        for size in _SIZES.split()
+    },
+    **{
+        f"gemm_fp4_optimized{name}": ("gemm_fp4_optimized.metal", 64, tokens)
+        for name, tokens in (("", 32), ("_fp32acc", 32), ("_decode", 16), ("_large_m", 128))
+    },
+}
 _MULTIPROCESSORS = 132
 
 _DTYPES = tuple(KEYS)
@@ -83,7 +95,7 @@ CASES: tuple[Case, ...] = (
 
 @dataclass(frozen=True)
 class Plan:
-    """How a call runs: row of the family, grid, rows of W and tokens a threadgroup, simdgroup width, layout of W."""
+    """How a call runs: row, grid, rows of W and tokens a threadgroup, simdgroup width, file of the row, layout of W."""
 
     kernel: str
     threadgroups: tuple[int, int]
@@ -91,6 +103,7 @@ class Plan:
     rows: int
     tokens: int
     lanes: int
+    file: str = FAMILY
     layout: str = CANONICAL
 
 
@@ -116,10 +129,14 @@ def plan(
     """The row and grid for x [M, K] in ``dtype``; ``device``: cpu, cuda or mps; ``pool``: threads of the CPU pool;
     ``hopper``: the GPU has compute capability 9.0; ``aligned``: K is a multiple of 32, x and codes start at 16 bytes.
 
-    ``kernel`` asks for a variant of the format, such as "marlin_gemm_fp4_single_stage", or a tile of it, such as
-    "marlin_gemm_fp4__m32x16".
+    ``kernel`` asks for a variant of the format, such as "marlin_gemm_fp4_single_stage", a tile of it, such as
+    "marlin_gemm_fp4__m32x16", or one of ``NAMED``.
     Raises ArgumentError for dtypes and variants that have no row, or none that runs here.
     """
+    if kernel in NAMED and format == "fp4" and dtype == scale_dtype != torch.float32:
+        file, rows, tokens = NAMED[kernel]
+        row = row_name("marlin_gemm", kernel, [kernel], dtype, scale_dtype, format, zeros)
+        return _plain(row, M, N, device, pool, rows, tokens, file)
     known = [f"marlin_gemm_{codec(format).name}{variant}" for variant in VARIANTS.get(format, ("",))]
     tiles = TILES if has_tiles(dtype, scale_dtype, format) else {}
     base, _, tile = (kernel or known[0]).partition("__m")
@@ -134,14 +151,19 @@ def plan(
             need = "K % 32 = 0, x and codes at multiples of 16 bytes" if not aligned else "compute capability 9.0"
             raise ArgumentError(f"marlin_gemm: kernel {row!r} needs {need}")
         return Plan(row, (-(-N // t.rows), -(-M // t.tokens)), t.threads, t.rows, t.tokens, lanes=32)
-    across = -(-N // _TILE)
+    return _plain(row, M, N, device, pool, _TILE, _TILE, FAMILY)
+
+
+def _plain(row: str, M: int, N: int, device: str, pool: int, rows: int, tokens: int, file: str) -> Plan:
+    """A grid of tiles; on the cpu rows and tokens are what suits its threads."""
     if device != "cpu":
-        return Plan(row, (across, -(-M // _TILE)), _THREADS, _TILE, _TILE, lanes=32)
+        return Plan(row, (-(-N // rows), -(-M // tokens)), _THREADS, rows, tokens, 32, file)
+    across = -(-N // _TILE)
     blocks = -(-M // _TOKENS)  # each decodes W again: more of them only where threads would have nothing to do
     while across * blocks < 3 * pool and 48 * blocks < M:
         blocks += 1
     tokens = -(-M // blocks)
-    return Plan(row, (across, -(-M // tokens)), 1, _TILE, tokens, lanes=1)
+    return Plan(row, (across, -(-M // tokens)), 1, _TILE, tokens, 1, file)
 
 
 def _tile(M: int, N: int, hopper: bool) -> str:
@@ -217,7 +239,7 @@ def _run(
         return
     shape = {"M": M, "N": N, "K": K, "group": group_size, "rows": p.rows, "tokens": p.tokens, "aligned": int(aligned)}
     dispatch_kernel(
-        library(FAMILY, str(x.device), p.lanes),
+        library(p.file, str(x.device), p.lanes),
         p.kernel,
         threadgroups=p.threadgroups,
         threads_per_threadgroup=p.threads,
@@ -235,4 +257,5 @@ OP = OpSpec(
     bench="bench/gemm.py",
     check=lambda case, device, kernel: product_check(marlin_gemm, case, device, kernel),
     row_case=row_case,
+    more_files=tuple(sorted({file for file, _, _ in NAMED.values()})),
 )

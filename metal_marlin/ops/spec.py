@@ -41,6 +41,7 @@ class OpSpec:
     Attributes:
         name: the op as users call it, ``metal_marlin.ops.<name>``.
         family_file: the ``.metal`` file of ``src/`` that holds its rows, for example ``"decode_gemv.metal"``.
+        more_files: further files whose rows are all the op's.
         reference: float64 PyTorch function that defines the result (``<op>_ref``).
         cases: small shapes for tests and model shapes for the bench; each element's ``str()`` is its id.
         bench: path of the bench that times the op, relative to the repository, or None.
@@ -59,9 +60,12 @@ class OpSpec:
     kernels: tuple[str, ...] = ("*",)
     check: Callable[[Any, str, str | None], Check] | None = None
     row_case: Callable[[str], tuple[Any, str]] | None = None
+    more_files: tuple[str, ...] = ()
 
     def claims(self, file: str, kernel: str) -> bool:
         """True when the row ``kernel`` of ``file`` (a base name) belongs to this op."""
+        if file in self.more_files:
+            return True
         return file == self.family_file and any(fnmatchcase(kernel, p) for p in self.kernels)
 
     @property

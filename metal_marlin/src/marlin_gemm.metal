@@ -6,32 +6,14 @@
 // Rows: marlin_gemm_<format>[_<variant>][__t<activations>_s<scales>_z<zeros>]; activations and scales are half by
 // default, scales are as the activations where no _s says otherwise, zeros absent where no _z does.
 //   marlin_gemm_*                 two stages: weights are read and decoded while those before them are multiplied
-//   marlin_gemm_fp4_single_stage  one stage
+//   marlin_gemm_fp4_single_stage  one stage; _3stage three
 //   marlin_gemm_fp4_fp32acc       never sums in half
 // Grid: x covers N, y covers M; ops/marlin_gemm.py holds the numbers.
 #include <metal_stdlib>
-#include "core/gemm.h"
+#include "core/gemm_kernel.h"
 #include "core/instantiate.h"
 #include "formats/weights.h"
 using namespace metal;
-
-// The bound lets assemblers give a thread as many registers as so many threads leave it.
-#define ENTRY(entry, threads)                                                                                \
-    template <typename W, typename T, typename Schedule>                                                     \
-    [[kernel, max_total_threads_per_threadgroup(threads)]] void entry(                                       \
-        device const T* x [[buffer(0)]], device const uint* codes [[buffer(1)]],                             \
-        device const typename W::S* scales [[buffer(2)]],                                                    \
-        device const typename W::Bound* extra [[buffer(3)]], device T* y [[buffer(4)]],                      \
-        constant GemmShape& shape [[buffer(5)]], uint3 tgid [[threadgroup_position_in_grid]],                \
-        uint sgid [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {             \
-        typedef Gemm<W, T, Schedule, NoEpilogue> Core;                                                       \
-        threadgroup typename Core::Shared sh;                                                                \
-        Core::run(GemmArguments<W, T>(x, codes, scales, extra, y, shape), GemmPlace{tgid, sgid, lane}, sh,   \
-                  NoEpilogue());                                                                             \
-    }
-ENTRY(marlin_gemm, 128)
-ENTRY(marlin_gemm_256, 256)
-ENTRY(marlin_gemm_512, 512)
 
 // Scales of a float type: W is a template of it. z: what follows the other keys, and first where there is none.
 #define ROWS(name, W, Schedule, first, z)                                                                    \
@@ -54,6 +36,7 @@ ENTRY(marlin_gemm_512, 512)
 ROWS("marlin_gemm_fp4", Fp4, DoubleStage, "", "")
 ROWS("marlin_gemm_fp4_fp32acc", Fp4, DoubleStage, "", "")
 ROWS("marlin_gemm_fp4_single_stage", Fp4, SingleStage, "", "")
+ROWS("marlin_gemm_fp4_3stage", Fp4, TripleStage, "", "")
 ROWS_OWN("marlin_gemm_mxfp4", Mxfp4, DoubleStage)
 ROWS_OWN("marlin_gemm_nvfp4", Nvfp4, DoubleStage)
 ROWS("marlin_gemm_int4", Int4, DoubleStage, "", "")

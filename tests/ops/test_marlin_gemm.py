@@ -17,6 +17,7 @@ from metal_marlin.msl.target import Target
 from metal_marlin.ops.marlin_gemm import (
     CASES,
     FAMILY,
+    NAMED,
     OP,
     TILE_FORMATS,
     TILES,
@@ -201,6 +202,30 @@ def test_every_tile(case: Case, variant: str) -> None:
     check(call(case, tensors, kernel=f"marlin_gemm_{case.format}{variant}"), case, tensors)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", NAMED)
+def test_every_named_tile(kernel: str, dtype: torch.dtype, device: str) -> None:
+    for case in (Case(131, 137, 200, 16, dtype), Case(17, 40, 32, 32, dtype), Case(1, 1, 8, 8, dtype)):
+        tensors = case.tensors(device)
+        check(call(case, tensors, kernel=kernel), case, tensors)
+
+
+def test_named_tiles_are_planned() -> None:
+    half = torch.float16
+    p = plan(300, 200, half, half, "mps", kernel="marlin_gemm_fp4_128x64x32")
+    assert (p.kernel, p.file, p.threadgroups) == ("marlin_gemm_fp4_128x64x32", "kernels_autotune.metal", (4, 3))
+    assert plan(300, 200, half, half, "cuda", kernel="gemm_fp4_optimized_decode").threadgroups == (4, 19)
+    for options in (
+        {"dtype": torch.float32, "scale_dtype": torch.float32},
+        {"dtype": half, "scale_dtype": torch.bfloat16},
+    ):
+        with pytest.raises(ArgumentError, match="marlin_gemm_fp4_128x64x32"):
+            plan(3, 2, device="cpu", kernel="marlin_gemm_fp4_128x64x32", **options)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="marlin_gemm_fp4_128x64x32"):
+        plan(3, 2, half, half, "cpu", "int4", kernel="marlin_gemm_fp4_128x64x32")
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize(("case", "variant"), [p.values for p in row_cases()], ids=str)  # type: ignore[attr-defined]
 def test_every_row_on_a_gpu(case: Case, variant: str) -> None:
@@ -306,7 +331,7 @@ def test_variants_have_the_same_bits(dtype: torch.dtype, device: str) -> None:
     case = Case(70, 65, 328, 64, dtype)
     tensors = case.tensors(device)
     plain = call(case, tensors, kernel="marlin_gemm_fp4")
-    for variant in ("_fp32acc", "_single_stage"):
+    for variant in ("_fp32acc", "_single_stage", "_3stage"):
         assert torch.equal(call(case, tensors, kernel=f"marlin_gemm_fp4{variant}"), plain)
 
 

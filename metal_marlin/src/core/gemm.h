@@ -58,26 +58,41 @@ struct GemmPlace {
     uint sgid, lane;
 };
 
-// Schedules: how many stages of both operands threadgroup memory holds. With one, reading waits for multiplying.
-struct SingleStage {
+// Schedules: how many stages of both operands threadgroup memory holds (with one, reading waits for multiplying), and the
+// tile of the pipeline with stages: the device's usual one, or kTokens x kRows x kDepth by kWM x kWN simdgroups.
+struct UsualTile {
+    template <typename T> using Size = TileSize<T>;
+};
+struct SingleStage : UsualTile {
     enum : uint { kStages = 1 };
 };
-struct DoubleStage {
+struct DoubleStage : UsualTile {
     enum : uint { kStages = 2 };
 };
-// Asynchronous copies, kDepth stages; kRows of W and kTokens of a threadgroup. Devices without such copies have the two
-// stages above.
-template <uint kRows_, uint kTokens_, uint kSimdgroups_, uint kDepth_> struct FewTokens {
-    enum : uint {
-        kStages = 2,
-        kRows = kRows_,
-        kTokens = kTokens_,
-        kSimdgroups = kSimdgroups_,
-        kDepth = kDepth_
+struct TripleStage : UsualTile {
+    enum : uint { kStages = 3 };
+};
+template <uint kTokens_, uint kRows_, uint kDepth_, uint kStages_ = 2, uint kWM_ = 2, uint kWN_ = 2>
+struct Tiled {
+    enum : uint { kStages = kStages_ };
+    template <typename T> struct Size {
+        enum : uint {
+            kBN = kRows_,
+            kBM = kTokens_,
+            kBK = kDepth_,
+            kWN = kWN_,
+            kWM = kWM_,
+            kPad = 16 / sizeof(T)
+        };
     };
 };
-template <uint kRows_, uint kTokens_, uint kDepth_> struct ManyTokens {
-    enum : uint { kStages = 2, kRows = kRows_, kTokens = kTokens_, kDepth = kDepth_ };
+// Asynchronous copies, kDepth stages; kRows of W and kTokens of a threadgroup. Devices without such copies have the
+// two stages above.
+template <uint kRows_, uint kTokens_, uint kSimdgroups_, uint kDepth_> struct FewTokens : DoubleStage {
+    enum : uint { kRows = kRows_, kTokens = kTokens_, kSimdgroups = kSimdgroups_, kDepth = kDepth_ };
+};
+template <uint kRows_, uint kTokens_, uint kDepth_> struct ManyTokens : DoubleStage {
+    enum : uint { kRows = kRows_, kTokens = kTokens_, kDepth = kDepth_ };
 };
 
 // Epilogues: what becomes of a sum before it is rounded.

@@ -4,7 +4,7 @@
 
 template <typename W, typename T, typename Schedule, typename Epilogue> struct TileGemm {
     typedef TileMath<T> Math;
-    typedef TileSize<T> Size;
+    typedef typename Schedule::template Size<T> Size;
     typedef typename W::Format Format;
     enum : uint {
         kBN = Size::kBN,
