@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from metal_marlin.cli.console import print_json
 from metal_marlin.cli.doctor import compiler, versions
 from metal_marlin.errors import ArgumentError, MetalMarlinError
+from metal_marlin.files import whole_file
 from metal_marlin.ops import selfcheck
 from metal_marlin.ops.inventory import inventory, op_specs
 from metal_marlin.ops.spec import OpSpec
@@ -44,7 +44,8 @@ def run(device: str, ops: list[str], report: Path | None, as_json: bool, checked
     }
     text = _markdown(answer)
     if report is not None:
-        _write(report, text)
+        with whole_file(report) as file:
+            file.write_text(text, encoding="utf-8")
     if as_json:
         print_json(answer)
     else:
@@ -86,15 +87,3 @@ def _markdown(answer: dict[str, Any]) -> str:
     for f in answer["failures"]:
         lines.append(f"- {f['op']} {f['case']} ({f['kernel'] or 'no kernel ran'}): {f['what']}")
     return "\n".join(lines) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from metal_marlin.errors import ArgumentError
+from metal_marlin.files import whole_file
 from metal_marlin.formats import CANONICAL, codec
 from metal_marlin.ops import dequantize as _kernels
 from metal_marlin.ops.weights import KEYS
@@ -196,15 +195,8 @@ class QuantizedTensor:
         save_file = _safetensors().torch.save_file
         self.canonical("a file")
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors().items()}
-        target = Path(path)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
-        try:
-            save_file(tensors, name, metadata={_HEADER: json.dumps(self.metadata())})
-            Path(name).replace(target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        with whole_file(path) as file:
+            save_file(tensors, str(file), metadata={_HEADER: json.dumps(self.metadata())})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> QuantizedTensor:

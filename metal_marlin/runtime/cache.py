@@ -12,7 +12,6 @@ import os
 import stat
 import struct
 import sys
-import tempfile
 import time
 import warnings
 import zlib
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from metal_marlin.errors import MetalMarlinError
+from metal_marlin.files import whole_file
 
 _MAGIC = b"MMROW1\n"
 _SUFFIX, _UNFINISHED, _ABANDONED_S = ".row", ".new-", 3600
@@ -73,19 +73,11 @@ class RowCache:
         """
         head = json.dumps(meta).encode()
         body = zlib.compress(struct.pack("<I", len(head)) + head + binary, 6)
-        name = ""
         try:
             self._create()
-            handle, name = tempfile.mkstemp(dir=self.directory, prefix=_UNFINISHED)
-            with os.fdopen(handle, "wb") as file:
-                file.write(_MAGIC + hashlib.sha256(body).digest() + body)
-            Path(name).replace(self.directory / f"{key}-{tag}{_SUFFIX}")
-        except BaseException as error:
-            if name:
-                with contextlib.suppress(OSError):
-                    Path(name).unlink()
-            if not isinstance(error, OSError):
-                raise
+            with whole_file(self.directory / f"{key}-{tag}{_SUFFIX}", prefix=_UNFINISHED, private=True) as file:
+                file.write_bytes(_MAGIC + hashlib.sha256(body).digest() + body)
+        except OSError as error:
             warnings.warn(f"compiled kernels cannot be kept: {error}", RuntimeWarning, stacklevel=2)
 
     def clear(self) -> int:
