@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from metal_marlin.ops.linear import linear
     from metal_marlin.ops.linear_decode import linear_decode
     from metal_marlin.ops.norm import layer_norm, rms_norm, rms_norm_residual
+    from metal_marlin.ops.tuning import tune
     from metal_marlin.quant.rtn import quantize
     from metal_marlin.quant.tensor import QuantizedTensor
     from metal_marlin.runtime.device_mps import mps_tensor_to_metal_buffer
@@ -38,6 +39,7 @@ _HOMES = {
     "quantize": "metal_marlin.quant.rtn",
     "rms_norm": "metal_marlin.ops.norm",
     "rms_norm_residual": "metal_marlin.ops.norm",
+    "tune": "metal_marlin.ops.tuning",
     "replace_linear_layers": "metal_marlin.integrations.replace",
     "mps_tensor_to_metal_buffer": "metal_marlin.runtime.device_mps",
 }
@@ -60,6 +62,7 @@ __all__ = [
     "replace_linear_layers",
     "rms_norm",
     "rms_norm_residual",
+    "tune",
 ]
 
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 # everything that went into a row, so an old entry can never be taken for a new one.
 os.environ.setdefault("METAL_MARLIN_CACHE", str(Path(__file__).parent.parent / ".cache" / "rows"))
 
+# What somebody has tuned on this machine must not decide what the tests see.
+os.environ["METAL_MARLIN_TUNED"] = "off"
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Each worker has an OpenMP pool of its own; two threads are enough to find races and do not swamp the machine.
     os.environ.setdefault("OMP_NUM_THREADS", "2")

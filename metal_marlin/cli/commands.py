@@ -100,6 +100,27 @@ def kernels(
     raise typer.Exit(command.run(as_json=json, audit=audit, every=missing))
 
 
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="A transformers model, folder or name, whose config gives sizes.")] = "",
+    shape: Annotated[list[str] | None, typer.Option(help="NxK of a weight. Can be repeated.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; this machine's best by default.")] = "",
+    format: Annotated[list[str] | None, typer.Option(help="Formats of W, format:zeros says the zeros; fp4.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="half, bf16, f32, of x and the scales; half.")] = None,
+    group: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
+    tokens: Annotated[list[int] | None, typer.Option(help="Numbers of tokens; all powers of two to 4096.")] = None,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="The table; the user's for the device.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Time the kernels that a product with quantised weights may run, and use the fastest from now on.
+
+    Nothing is timed unless asked for. METAL_MARLIN_TUNED=off ignores tables, METAL_MARLIN_TUNED=FILE takes one.
+    """
+    from metal_marlin.cli import tune as command
+
+    raise typer.Exit(command.run(model, shape, device, format, dtype, group, tokens, out, json))
+
+
 @app.command("compile")
 def compile_(
     target: Annotated[list[str], typer.Option(help="cpu, cpu:x86-64-v3+avx512f, cuda:sm_90a … Can be repeated.")],

@@ -9,7 +9,7 @@ import torch
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec
 from metal_marlin.msl.target import Target
-from metal_marlin.ops import dequantize, linear, linear_decode, marlin_gemm
+from metal_marlin.ops import dequantize, linear, linear_decode, marlin_gemm, tuned
 from metal_marlin.ops.weights import KEYS
 
 _WHY = {
@@ -50,17 +50,22 @@ def explain(
     scales = number if form.scale_kind == "float" else form.scale_dtypes[0]
     kind, hopper = _device(device)
     pool = torch.get_num_threads() if kind == "cpu" else 1
-    op = linear.plan(M, N, K, number, scales, kind, format, None, hopper)
+    kernel = None
+    if not device:
+        index = torch.cuda.current_device() if kind == "cuda" else 0
+        kernel = tuned.choice(tuned.Problem(format, zeros, number, scales, N, K), M, kind, index)
+    op = linear.op_of(kernel) if kernel else linear.plan(M, N, K, number, scales, kind, format, None, hopper)
+    why = "measured on this device" if kernel else _WHY[op]
     if op == "linear_decode":
-        decode = linear_decode.plan(M, N, K, number, scales, kind, pool, None, format, zeros)
-        return [Step(op, decode.kernel, decode.threadgroups, decode.threads, _WHY[op])]
+        decode = linear_decode.plan(M, N, K, number, scales, kind, pool, kernel, format, zeros)
+        return [Step(op, decode.kernel, decode.threadgroups, decode.threads, why)]
     if op == "marlin_gemm":
-        gemm = marlin_gemm.plan(M, N, number, scales, kind, format, zeros, pool, None, hopper, K % 32 == 0)
-        return [Step(op, gemm.kernel, gemm.threadgroups, gemm.threads, _WHY[op])]
+        gemm = marlin_gemm.plan(M, N, number, scales, kind, format, zeros, pool, kernel, hopper, K % 32 == 0)
+        return [Step(op, gemm.kernel, gemm.threadgroups, gemm.threads, why)]
     decoded = dequantize.plan(N, K, number, scales, kind, pool, None, format, zeros)
     return [
-        Step(op, decoded.kernel, decoded.threadgroups, decoded.threads, _WHY[op]),
-        Step("torch.mm", "the library's", (), 0, _WHY[op]),
+        Step(op, decoded.kernel, decoded.threadgroups, decoded.threads, why),
+        Step("torch.mm", "the library's", (), 0, why),
     ]
 
 

@@ -10,9 +10,10 @@ import torch
 from metal_marlin.errors import ArgumentError
 from metal_marlin.ops import linear_decode as _decode
 from metal_marlin.ops import marlin_gemm as _gemm
+from metal_marlin.ops import tuned
 from metal_marlin.ops.dequantize import dequantize
 from metal_marlin.ops.product import check, product_ref, register
-from metal_marlin.ops.weights import plan_kind
+from metal_marlin.ops.weights import KEYS, on_16_bytes, plan_kind
 
 # Most tokens for which reading the weights again for every 8 of them costs less than a tile of the GEMM, by device:
 # measured for cpu and cuda (bench/results), a guess for mps.
@@ -43,7 +44,7 @@ def plan(
     into memory and torch multiplies. ``device``: cpu, cuda or mps; ``kernel`` asks for a row of one of the first two;
     ``hopper``: the GPU has compute capability 9.0."""
     if kernel is not None:
-        return "linear_decode" if kernel.startswith("decode_gemv") else "marlin_gemm"
+        return op_of(kernel)
     if device != "cuda" or dtype == torch.float32:
         return "linear_decode" if FEW_TOKENS.get(device, 8) >= M else "marlin_gemm"
     tiles = K % 32 == 0 and _gemm.has_tiles(dtype, scale_dtype, format)
@@ -72,7 +73,8 @@ def linear(
     [N, groups], zeros and extra: as ``metal_marlin.formats.codec(format)`` makes them. group_size: 16, 32, 64, 128,
     256 or K, where the format has no size of its own. kernel: a row of ``linear_decode`` or ``marlin_gemm``, for
     measurements. out: where to write, x's dtype, shape of y.
-    ``plan`` says which kernels run; where it lets torch multiply decoded weights, torch's rules for sums hold.
+    ``plan`` says which kernels run, or a table of measured choices (ops/tuned.py); where that lets torch multiply
+    decoded weights, torch's rules for sums hold.
     Differentiable in x (not with ``out``): the gradient is that of the decoded weights.
     Raises ArgumentError naming the argument and the numbers.
     """
@@ -90,12 +92,36 @@ def linear(
     return out
 
 
-def _op(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, format: str, kernel: str | None) -> str:
-    K = x.shape[-1] if x.ndim else 0  # of wrong shapes any op may say so
-    N = codes.shape[0] if codes.ndim else 0
-    hopper = x.is_cuda and _gemm.is_hopper(x.device.index)
-    device = plan_kind(x.device.type)
-    return plan(x.numel() // K if K else 0, N, K, x.dtype, scales.dtype, device, format, kernel, hopper)
+def op_of(kernel: str) -> str:
+    """The op that runs a kernel, or ``tuned.LIBRARY``."""
+    if kernel == tuned.LIBRARY:
+        return kernel
+    return "linear_decode" if kernel.startswith("decode_gemv") else "marlin_gemm"
+
+
+@functools.lru_cache(maxsize=8192)
+def _chosen(
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    device: torch.device,
+    format: str,
+    zeros: str,
+    tables: bool,
+) -> tuple[str, str | None]:
+    """Op and kernel (None: its own choice), by a table of measured choices or by ``plan``."""
+    kind, index = plan_kind(device.type), device.index or 0
+    if tables and dtype in KEYS:
+        kernel = tuned.choice(tuned.Problem(format, zeros, dtype, scale_dtype, N, K), M, kind, index)
+        if kernel is not None:
+            return op_of(kernel), None if kernel == tuned.LIBRARY else kernel
+    hopper = device.type == "cuda" and _gemm.is_hopper(index)
+    return plan(M, N, K, dtype, scale_dtype, kind, format, None, hopper), None
+
+
+tuned.caches.append(_chosen)
 
 
 def _by_library(
@@ -128,8 +154,18 @@ def _run(
     kernel: str | None,
     out: torch.Tensor,
 ) -> None:
-    run = _RUNS[_op(x, codes, scales, format, kernel)]
-    run(x, codes, scales, extra, format, zeros, group_size, kernel, out)
+    if kernel is not None:
+        _RUNS[op_of(kernel)](x, codes, scales, extra, format, zeros, group_size, kernel, out)
+        return
+    K = x.shape[-1] if x.ndim else 0  # of wrong shapes any op may say so
+    M, N = x.numel() // K if K else 0, codes.shape[0] if codes.ndim else 0
+    if tuned.active.session is not None:
+        tuned.active.session.see(x, codes, scales, extra, format, zeros, group_size)
+    problem = (M, N, K, x.dtype, scales.dtype, x.device, format, zeros)
+    op, chosen = _chosen(*problem, True)
+    if chosen is not None and "__m" in chosen and not on_16_bytes(x, codes):
+        op, chosen = _chosen(*problem, False)  # tables are of aligned tensors
+    _RUNS[op](x, codes, scales, extra, format, zeros, group_size, chosen, out)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

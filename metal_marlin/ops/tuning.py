@@ -1,0 +1,211 @@
+"""Measuring which kernel a product with quantised weights should run: `metal-marlin tune` and `with tune():`."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from metal_marlin._version import __version__
+from metal_marlin.errors import MetalMarlinError
+from metal_marlin.formats import codec
+from metal_marlin.ops import linear as _linear
+from metal_marlin.ops import marlin_gemm as _gemm
+from metal_marlin.ops import tuned
+from metal_marlin.ops.product import product_ref
+from metal_marlin.ops.tuned import LIBRARY, Problem, Table
+from metal_marlin.ops.weights import random_weights
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+_ROTATED = 256 << 20  # bytes of weights read before the same ones come again: more than caches hold
+_COPIES = 16
+_ROUNDS, _SECONDS = 7, 0.02  # of a candidate; each round at least so long
+_GAIN = 0.98  # a candidate replaces what is planned where it takes at most so much of its time
+_LIMITS = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-5}
+_FEW = 64  # tokens up to which matrix-vector kernels are candidates
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Microseconds a call of every candidate, and the one that was chosen."""
+
+    problem: Problem
+    M: int
+    times: dict[str, float]
+    chosen: str
+
+
+def bucket(M: int) -> int:
+    """The number of tokens that is measured for M."""
+    return next((tokens for tokens in TOKENS if tokens >= M), TOKENS[-1])
+
+
+def candidates(problem: Problem, M: int, kind: str, hopper: bool) -> list[str]:
+    """Kernels that may be fastest for x [M, K], what is planned untuned first."""
+    p, name = problem, f"marlin_gemm_{problem.format}"
+    planned = _linear.plan(M, p.N, p.K, p.dtype, p.scale_dtype, kind, p.format, None, hopper)
+    tile = ""
+    if planned == "marlin_gemm":
+        row = _gemm.plan(M, p.N, p.dtype, p.scale_dtype, kind, p.format, p.zeros, 1, None, hopper, p.K % 32 == 0).kernel
+        tile = row.rpartition("_m")[2] if row.rpartition("_m")[2] in _gemm.TILES else ""
+    decode = f"decode_gemv_{p.format}{'' if M == 1 else '_batched'}"
+    first = {"linear_decode": decode, "marlin_gemm": f"{name}__m{tile}" if tile else name}.get(planned, LIBRARY)
+    found = [first, name, *([decode] if M <= _FEW else [])]
+    if kind != "cpu":  # where they are the same code
+        if p.format == "fp4":
+            found += [f"{name}{variant}" for variant in ("_single_stage", "_3stage")]
+        if p.format == "fp4" and p.dtype == p.scale_dtype != torch.float32:
+            found += [kernel for kernel in _gemm.NAMED if not kernel.endswith("_fp32acc")]
+    if kind == "cuda" and p.K % 32 == 0 and _gemm.has_tiles(p.dtype, p.scale_dtype, p.format):
+        tiles = [t for t in _gemm.TILES.values() if t.tokens <= 4 * M and 8 * t.tokens >= M and hopper >= t.hopper]
+        found += [f"{name}__m{t}" for t in tiles]
+    if kind == "cuda" and M > _FEW // 4:
+        found.append(LIBRARY)
+    return list(dict.fromkeys(found))
+
+
+class Session:
+    """Times candidates and fills a table; one a device."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path, self._busy = path, False
+        self._tables: dict[str, Table] = {}
+        self.measured: list[Measured] = []
+
+    def see(
+        self,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        extra: torch.Tensor | None,
+        format: str,
+        zeros: str,
+        group_size: int,
+    ) -> None:
+        """A call of ``linear``: its sizes are measured, with its weights, unless they are in the table already."""
+        if self._busy or x.numel() == 0 or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        problem = Problem(format, zeros, x.dtype, scales.dtype, codes.shape[0], x.shape[-1])
+        self.measure(problem, bucket(x.numel() // x.shape[-1]), codes, scales, extra, group_size)
+
+    def measure(
+        self, p: Problem, M: int, codes: torch.Tensor, scales: torch.Tensor, extra: torch.Tensor | None, group_size: int
+    ) -> Measured | None:
+        """Time every candidate and note the fastest; None if it is known. Raises MetalMarlinError if a candidate's
+        result is wrong."""
+        kind, index = codes.device.type, codes.device.index or 0
+        key = tuned.device_key(kind, index)
+        if key not in self._tables:
+            self._tables[key] = self._open(key)
+        table = self._tables[key]
+        if table.choices.get(str(p), {}).get(M) is not None:
+            return None
+        rng = torch.Generator().manual_seed(M)
+        x = torch.randn(M, p.K, generator=rng).to(p.dtype).to(codes.device)
+        weights = [(codes, scales, extra)]
+        size = codes.nbytes + scales.nbytes
+        for _ in range(min(_COPIES, -(-_ROTATED // max(1, size))) - 1):
+            weights.append((codes.clone(), scales.clone(), None if extra is None else extra.clone()))
+        out = torch.empty(M, p.N, dtype=p.dtype, device=codes.device)
+
+        def run(kernel: str, i: int) -> None:
+            words, by, more = weights[i % len(weights)]
+            _linear._RUNS[_linear.op_of(kernel)](
+                x, words, by, more, p.format, p.zeros, group_size, None if kernel == LIBRARY else kernel, out
+            )
+
+        self._busy = True
+        try:
+            hopper = kind == "cuda" and _gemm.is_hopper(index)
+            names = candidates(p, M, kind, hopper)
+            want = product_ref(x[:16].cpu(), codes.cpu(), scales.cpu(), group_size, format=p.format, zeros=p.zeros,
+                               extra=None if extra is None else extra.cpu())  # fmt: skip
+            times = {name: _time(lambda i, name=name: run(name, i), out, want, name) for name in names}  # type: ignore[misc]
+        finally:
+            self._busy = False
+        fastest = min(times, key=lambda name: times[name])
+        chosen = fastest if times[fastest] <= _GAIN * times[names[0]] else names[0]
+        table.put(p, M, chosen)
+        result = Measured(p, M, times, chosen)
+        self.measured.append(result)
+        return result
+
+    def _open(self, key: str) -> Table:
+        path = self._path or tuned.user_path(key)
+        table = Table.load(path) if path.is_file() else Table(key)
+        if table.device != key:
+            raise MetalMarlinError(f"{path}: is a table for {table.device}, this device is {key}")
+        return table
+
+    def save(self) -> list[Path]:
+        """Write the tables that grew and use them from now on; returns their paths."""
+        written = []
+        for key, table in self._tables.items():
+            if self.measured:
+                path = self._path or tuned.user_path(key)
+                table.about = {
+                    "torch": torch.__version__,
+                    "metal_marlin": __version__,
+                    "date": time.strftime("%Y-%m-%d"),
+                }
+                table.save(path)
+                written.append(path)
+        tuned.forget()
+        return written
+
+
+def _time(call: Callable[[int], None], out: torch.Tensor, want: torch.Tensor, name: str) -> float:
+    """Median microseconds of a call whose result is right."""
+    synchronize = torch.cuda.synchronize if out.is_cuda else torch.mps.synchronize if out.is_mps else lambda: None
+    out.fill_(float("nan"))
+    call(0)
+    error = float((out[:16].cpu().double() - want).norm() / want.norm().clamp_min(1e-300))
+    if not error <= _LIMITS[out.dtype]:
+        raise MetalMarlinError(f"{name}: wrong result while tuning, relative error {error:.3g}")
+    calls, samples = 1, []
+    for turn in range(_ROUNDS + 1):
+        synchronize()
+        start = time.perf_counter()
+        for i in range(calls):
+            call(i)
+        synchronize()
+        taken = time.perf_counter() - start
+        if turn:
+            samples.append(taken / calls)
+        else:  # the first one warms up and says how many make a round
+            calls = max(1, min(1000, round(_SECONDS / max(taken, 1e-7))))
+    return 1e6 * statistics.median(samples)
+
+
+@contextlib.contextmanager
+def tune(path: str | Path | None = None) -> Iterator[Session]:
+    """Within the block, ``linear`` (and what is built on it) measures its kernels for every new weight and number of
+    tokens, in this thread. At the end the table is written, to ``path`` or the user's place for the device, and used.
+
+    Numbers of tokens are rounded up to ``TOKENS``. Sizes already in the table are not measured again. Raises
+    MetalMarlinError for a table that cannot be read.
+    """
+    session = Session(None if path is None else Path(path))
+    before, tuned.active.session = tuned.active.session, session
+    try:
+        yield session
+    finally:
+        tuned.active.session = before
+        session.save()
+
+
+def tune_shape(session: Session, problem: Problem, M: int, group_size: int, device: torch.device) -> Measured | None:
+    """Measure for random weights of these sizes; None if the table has them."""
+    form = codec(problem.format)
+    rng = torch.Generator().manual_seed(0)
+    scales = problem.scale_dtype if form.scale_kind == "float" else form.scale_dtypes[0]
+    words, by, extra = random_weights(problem.format, problem.N, problem.K, group_size, scales, problem.zeros, rng)
+    moved = [None if t is None else t.to(device) for t in (words, by, extra)]
+    assert moved[0] is not None
+    assert moved[1] is not None
+    return session.measure(problem, bucket(M), moved[0], moved[1], moved[2], group_size)

@@ -1,0 +1,246 @@
+"""Tables of measured choices: who decides, what is timed and when, files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import metal_marlin
+from metal_marlin.cli.commands import app
+from metal_marlin.cli.tune import model_shapes
+from metal_marlin.errors import MetalMarlinError
+from metal_marlin.formats import codec
+from metal_marlin.ops import tuned, tuning
+from metal_marlin.ops.explain import explain
+from metal_marlin.ops.linear import linear
+from metal_marlin.ops.marlin_gemm import Case
+from metal_marlin.ops.tuned import Problem, Table
+from metal_marlin.ops.weights import KEYS
+from metal_marlin.runtime.counters import counters, reset_counters
+from metal_marlin.runtime.library import MetalKernelLibrary
+
+HALF = torch.float16
+PROBLEM = Problem("fp4", "none", HALF, HALF, 48, 256)
+DECODE, GEMM = "decode_gemv_fp4_batched", "marlin_gemm_fp4"
+Timer = Callable[..., float]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Tables are kept here, and those that ship are not seen."""
+    monkeypatch.setattr(tuned, "default_directory", lambda: tmp_path)
+    monkeypatch.setattr(tuned, "_SHIPPED", tmp_path / "shipped")
+    monkeypatch.delenv("METAL_MARLIN_TUNED")
+    tuned.forget()
+    yield tmp_path
+    tuned.forget()
+
+
+@pytest.fixture
+def timer(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Microseconds that candidates seem to take; 10 where nothing is said."""
+    times: dict[str, float] = {}
+    monkeypatch.setattr(tuning, "_time", lambda call, out, want, name: call(0) or times.get(name, 10.0))
+    return times
+
+
+def run(M: int, offset: int = 0) -> list[str]:
+    """The kernels that a product launches."""
+    x, codes, scales, _ = Case(M, 48, 256, 64).tensors()
+    reset_counters()
+    linear(x, codes, scales, 64)
+    return list(counters())
+
+
+def test_a_table_decides(folder: Path) -> None:
+    assert run(8) == [DECODE]
+    table = Table(tuned.device_key("cpu"))
+    table.put(PROBLEM, 8, GEMM)
+    table.put(PROBLEM, 32, DECODE)
+    table.save(tuned.user_path(table.device))
+    assert run(8) == [DECODE]  # tables are read once
+    tuned.forget()
+    # the next larger number of tokens that was measured; beyond the last, the plan
+    assert [run(M) for M in (1, 5, 8, 9, 32, 33)] == [[GEMM], [GEMM], [GEMM], [DECODE], [DECODE], [GEMM]]
+    assert [s.kernel for s in explain(8, 48, 256)] == [GEMM]
+    assert explain(8, 48, 256)[0].why == "measured on this device"
+    assert [s.kernel for s in explain(8, 48, 256, device="cpu")] == [DECODE]
+
+
+def test_another_size_is_planned() -> None:
+    table = Table(tuned.device_key("cpu"))
+    for other in (Problem("fp4", "none", HALF, HALF, 49, 256), Problem("int4", "none", HALF, HALF, 48, 256)):
+        table.put(other, 8, GEMM)
+    table.save(tuned.user_path(table.device))
+    tuned.forget()
+    assert run(8) == [DECODE]
+
+
+def test_tune_measures_once_and_uses_what_was_fastest(timer: dict[str, float], folder: Path) -> None:
+    timer[GEMM] = 5.0
+    with metal_marlin.tune() as session:
+        run(7)
+        run(8)  # both are measured as 8
+    assert [(m.M, m.chosen, m.times) for m in session.measured] == [(8, GEMM, {DECODE: 10.0, GEMM: 5.0})]
+    assert run(8) == [GEMM]
+    data = json.loads(tuned.user_path(tuned.device_key("cpu")).read_text())
+    assert data["linear"] == {"fp4-none-half-half-48x256": {"8": GEMM}}
+    assert data["version"] == 1
+    timer[DECODE] = 1.0  # in the table already
+    with metal_marlin.tune() as session:
+        run(8)
+    assert session.measured == []
+
+
+def test_a_little_faster_is_not_enough(timer: dict[str, float]) -> None:
+    timer[GEMM] = 9.9
+    with metal_marlin.tune() as session:
+        run(8)
+    assert session.measured[0].chosen == DECODE
+
+
+def test_nothing_is_timed_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_time", lambda *_: pytest.fail("timed"))
+    assert run(8) == [DECODE]
+    with metal_marlin.tune():
+        pass
+    assert run(8) == [DECODE]
+
+
+def test_what_was_measured_is_kept_when_the_block_raises(timer: dict[str, float]) -> None:
+    timer[GEMM] = 5.0
+
+    def fails() -> None:
+        with metal_marlin.tune():
+            run(8)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert run(8) == [GEMM]
+
+
+def test_wrong_results_have_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = tuning._time
+
+    def broken(call: Callable[[int], None], out: torch.Tensor, want: torch.Tensor, name: str) -> float:
+        return real(lambda i: [None, out.zero_()][0], out, want, name)
+
+    monkeypatch.setattr(tuning, "_time", broken)
+    with pytest.raises(MetalMarlinError, match="decode_gemv_fp4_batched: wrong result"), metal_marlin.tune():
+        run(8)
+
+
+def test_times_are_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_SECONDS", 1e-4)
+    with metal_marlin.tune() as session:
+        run(16)
+    (found,) = session.measured
+    assert found.times.keys() == {DECODE, GEMM}
+    assert all(0 < t < 1e6 for t in found.times.values())
+    assert found.chosen in found.times
+
+
+def test_off_and_a_file_of_ones_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Table(tuned.device_key("cpu"))
+    table.put(PROBLEM, 8, GEMM)
+    table.save(tuned.user_path(table.device))
+    monkeypatch.setenv("METAL_MARLIN_TUNED", "off")
+    tuned.forget()
+    assert run(8) == [DECODE]
+    table.save(folder / "mine.json")
+    monkeypatch.setenv("METAL_MARLIN_TUNED", str(folder / "mine.json"))
+    tuned.forget()
+    assert run(8) == [GEMM]
+    table.device = "cuda-9.0-132"
+    table.save(folder / "mine.json")
+    tuned.forget()
+    with pytest.raises(MetalMarlinError, match=r"table for cuda-9\.0-132, this device is cpu"):
+        run(8)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no table"),
+        ("[]", "no table"),
+        ('{"version": 1, "device": "a"}', "no table"),
+        ('{"version": 2, "device": "a", "about": {}, "linear": {}}', "version 2"),
+        ('{"version": 1, "device": "a", "about": {}, "linear": {"b": {"x": "c"}}}', "no table"),
+    ],
+)
+def test_broken_tables(text: str, said: str, folder: Path) -> None:
+    path = tuned.user_path(tuned.device_key("cpu"))
+    path.parent.mkdir()
+    path.write_text(text)
+    tuned.forget()
+    with pytest.raises(MetalMarlinError, match=said):
+        run(8)
+    with pytest.raises(MetalMarlinError, match=str(path)):
+        Table.load(path)
+
+
+def test_candidates() -> None:
+    assert tuning.candidates(PROBLEM, 8, "cpu", False) == [DECODE, GEMM]
+    assert tuning.candidates(PROBLEM, 128, "cpu", False) == [GEMM]
+    found = tuning.candidates(PROBLEM, 64, "cuda", True)
+    assert found[0] == "marlin_gemm_fp4__m64x64"
+    assert {GEMM, DECODE, "marlin_gemm_fp4_32x64x32", "marlin_gemm_fp4__m112x16", "dequantize"} <= set(found)
+    assert "marlin_gemm_fp4__m64x64" not in tuning.candidates(PROBLEM, 64, "cuda", False)
+    assert "gemm_fp4_optimized_decode" in tuning.candidates(PROBLEM, 16, "mps", False)
+
+
+def test_shipped_tables_name_kernels_that_exist() -> None:
+    shipped = Path(metal_marlin.__file__).parent / "tables"
+    files = ("marlin_gemm.metal", "decode_gemv.metal", "kernels_autotune.metal", "gemm_fp4_optimized.metal")
+    known = {row for file in files for row in MetalKernelLibrary(file, device="cpu").kernels} | {tuned.LIBRARY}
+    for path in shipped.glob("*.json"):
+        table = Table.load(path)
+        assert table.device == path.stem
+        for name, choices in table.choices.items():
+            format, zeros, dtype, _, size = name.split("-")
+            assert zeros in codec(format).zero_kinds
+            assert dtype in KEYS.values()
+            assert len(size.split("x")) == 2
+            assert set(choices) <= set(tuning.TOKENS)
+            assert set(choices.values()) <= known
+
+
+def test_command(timer: dict[str, float], folder: Path) -> None:
+    timer[GEMM] = 5.0
+    words = ["tune", "--shape", "48x256", "--device", "cpu", "--tokens", "8", "--group", "64"]
+    result = CliRunner().invoke(app, [*words, "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)[0]["chosen"] == GEMM
+    assert run(8) == [GEMM]
+    result = CliRunner().invoke(app, [*words, "--out", str(folder / "t.json"), "--format", "int4:point"])
+    assert "int4-point-half-half-48x256 on cpu" in result.output
+    assert Table.load(folder / "t.json").choices.keys() == {"int4-point-half-half-48x256"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "name a model"),
+        (["--shape", "48"], "give NxK"),
+        (["--shape", "8x8", "--dtype", "int"], "--dtype int"),
+        (["--shape", "8x8", "--tokens", "3"], "--tokens 3"),
+    ],
+)
+def test_bad_input(words: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, ["tune", "--device", "cpu", *words])
+    assert result.exit_code != 0
+    assert said in result.output
+
+
+def test_sizes_of_a_model(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    # q, k, v together; o; gate and up together; down; head
+    assert sorted(model_shapes(str(tmp_path))) == [(64, 64), (64, 96), (128, 64), (192, 64)]
