@@ -112,10 +112,7 @@ def tune(
     out: Annotated[Path | None, typer.Option(dir_okay=False, help="The table; the user's for the device.")] = None,
     json: AsJson = False,
 ) -> None:
-    """Time the kernels that a product with quantised weights may run, and use the fastest from now on.
-
-    Nothing is timed unless asked for. METAL_MARLIN_TUNED=off ignores tables, METAL_MARLIN_TUNED=FILE takes one.
-    """
+    """Time the kernels that a product with quantised weights may run; use the fastest unless METAL_MARLIN_TUNED=off."""
     from metal_marlin.cli import tune as command
 
     raise typer.Exit(command.run(model, shape, device, format, dtype, group, tokens, out, json))
