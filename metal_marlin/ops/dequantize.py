@@ -183,7 +183,7 @@ def _check(
     form = codec(format)
     if codes.ndim != 2:
         raise ArgumentError(f"dequantize: codes have shape {tuple(codes.shape)}; needs [N, K·{form.bits}/32]")
-    N, K = int(codes.shape[0]), int(codes.shape[1]) * form.per_word
+    N, K = int(codes.shape[0]), form.columns(int(codes.shape[1]))
     form.check(K, group_size)
     form.check_zeros(zeros)
     form.check_tensors(N, form.groups_of(K, group_size), scales, extra, zeros)
@@ -296,7 +296,7 @@ def _cases() -> list[Case]:
     found: list[Case] = []
     kinds = [(f, z) for f in ("fp4", "int4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2") for z in codec(f).zero_kinds]
     for i, (f, z) in enumerate(kinds):
-        per = codec(f).per_word
+        per = codec(f).unit
         one, other = list(KEYS)[i % 3], list(KEYS)[(i + 1) % 3]
         for kernel in variants(f):
             sizes = ((5, 512), (37, 256)) if "uint8" not in kernel else ((5, 512),)

@@ -81,7 +81,7 @@ def _others() -> list[Case]:
     """Few dtypes a format, because each is a kernel to compile: tails, one group, more than 32 groups, many tokens."""
     found: list[Case] = []
     for i, (name, zeros) in enumerate(_FLOAT_SCALES):
-        odd = codec(name).per_word
+        odd = codec(name).unit
         one, other, third = (_DTYPES[(i + j) % 3] for j in range(3))
         found += [
             *(Case(1, 37, 640, g, one, format=name, zeros=zeros) for g in (16, 32, 64, 128, 256)),
