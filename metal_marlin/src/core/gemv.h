@@ -3,7 +3,7 @@
 // is what formats/quantized.h says. Sums are float; y is rounded once. Every weight is read once for kTokens tokens.
 //
 //   x       T     [M, K]
-//   codes   uint  [N, K / per word]       Format's words, row-major
+//   codes   uint  [N, K * bits / 32]      words of memory, row-major; formats/code_words.h
 //   scales  S     [N, ceil(K / group)]    group: 16, 32, 64, 128, ... or K
 //   extra   E     zeros, biases, a factor; anything where the format has none
 //   y       T     [M, N]
