@@ -15,6 +15,7 @@
 // Sources: own.
 #include <metal_stdlib>
 #include "core/constants.h"
+#include "formats/nf3.h" // for nvidia/operand.h: what is included under an #if is nowhere else
 #include "formats/quantized.h"
 using namespace metal;
 

@@ -33,32 +33,28 @@ template <typename Q, typename T, uint kTokens, uint kWords_ = 0, uint kTile = 0
     // Words first, first + 1 ... of a row that has `count`.
     static Words load(device const uint* row, uint first, uint count, bool aligned) {
         Words words;
+        device const uint* from = row + Memory::stored(first * kPerWord);
+        const uint left = count - first;
         if (Memory::kSize == 32 && kWords % 4 == 0 && aligned) {
 #pragma unroll
             for (uint i = 0; i < kWords / 4; ++i) {
                 uint4 v = 0;
-                if (first + 4 * i < count) v = *(device const uint4*)(row + first + 4 * i);
+                if (4 * i < left) v = *(device const uint4*)(from + 4 * i);
 #pragma unroll
                 for (uint j = 0; j < 4; ++j) words.w[4 * i + j] = v[j];
             }
-        } else if (Memory::kSize != 32 && kWords % Memory::kUnit == 0) {
+        } else if (kWords % Memory::kUnit == 0) { // whole units, as rows have
+            enum : uint { kLoads = (kWords * Memory::kSize + 31) / 32 };
+            uint memory[kLoads];
 #pragma unroll
-            for (uint i = 0; i < kWords; i += Memory::kUnit) { // a row has whole units
-                uint unit[Memory::kStored];
-#pragma unroll
-                for (uint j = 0; j < Memory::kStored; ++j) {
-                    unit[j] = first + i < count ? row[Memory::stored((first + i) * kPerWord) + j] : 0;
-                }
-#pragma unroll
-                for (uint j = 0; j < Memory::kUnit && i + j < kWords; ++j) {
-                    words.w[i + j] = Memory::of(unit, j);
-                }
+            for (uint j = 0; j < kLoads; ++j) {
+                memory[j] = j / Memory::kStored * Memory::kUnit < left ? from[j] : 0;
             }
+#pragma unroll
+            for (uint j = 0; j < kWords; ++j) words.w[j] = Memory::of(memory, j);
         } else {
 #pragma unroll
-            for (uint j = 0; j < kWords; ++j) {
-                words.w[j] = first + j < count ? Memory::at(row, first + j) : 0;
-            }
+            for (uint j = 0; j < kWords; ++j) words.w[j] = j < left ? Memory::at(row, first + j) : 0;
         }
         return words;
     }

@@ -9,7 +9,6 @@
 #ifdef __METAL_MARLIN_CPU__
 #include "core/cpu/wide.h"
 
-struct NF3;
 struct INT8;
 struct UINT8;
 struct FP8E4M3;

@@ -3,8 +3,6 @@
 // word of codes in pairs, i and i + kPerWord / 2, less the middle of unsigned codes and times 1 / kUnit; plain() takes
 // that factor out. All of it is exact but for NF3, whose values half and bfloat do not have.
 #ifdef __METAL_MARLIN_CUDA__
-#include "formats/nf3.h"
-
 struct INT2;
 struct INT3;
 struct INT4;
