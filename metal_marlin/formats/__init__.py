@@ -7,16 +7,20 @@ from metal_marlin.formats.codec import Codec, Encoded
 from metal_marlin.formats.fp4 import FP4
 from metal_marlin.formats.fp8_e4m3 import FP8_E4M3
 from metal_marlin.formats.fp8_e5m2 import FP8_E5M2
+from metal_marlin.formats.int2 import INT2
+from metal_marlin.formats.int3 import INT3
 from metal_marlin.formats.int4 import INT4
 from metal_marlin.formats.int8 import INT8
 from metal_marlin.formats.mxfp4 import MXFP4
+from metal_marlin.formats.nf3 import NF3
 from metal_marlin.formats.nvfp4 import NVFP4
 from metal_marlin.formats.uint8 import UINT8
 
 __all__ = ["CANONICAL", "CODECS", "Codec", "Encoded", "codec"]
 
 CANONICAL = "canonical"  # layout tag of what files hold: row-per-output, little-endian, least significant code first
-CODECS: dict[str, Codec] = {c.name: c for c in (FP4, MXFP4, NVFP4, INT4, INT8, UINT8, FP8_E4M3, FP8_E5M2)}
+_ALL = (FP4, MXFP4, NVFP4, INT4, INT8, UINT8, FP8_E4M3, FP8_E5M2, INT2, INT3, NF3)
+CODECS: dict[str, Codec] = {c.name: c for c in _ALL}
 
 
 def codec(name: str) -> Codec:

@@ -1,18 +1,20 @@
 """What every format's codec shares: words of codes, groups along K, scales, zeros, rounding to the nearest code.
 
-A weight matrix [N, K] is ``codes`` int32 [N, K·bits/32] (the bits of unsigned words, least significant code first),
+A weight matrix [N, K] is ``codes`` int32 [N, K·bits/32] (the bits of unsigned words, least significant code first: code
+k of a row is bits k·bits … (k+1)·bits − 1, so that one of three bits may lie in two words),
 ``scales`` [N, ⌈K/g⌉] and, for some formats, ``extra``:
 
     weight = scale · (value(code) − zero) + bias
 
 ``zeros`` names what ``extra`` holds: "none", "point" (zeros in the scales' dtype [N, ⌈K/g⌉]), "packed" (integers packed
 like codes, int32 [N, ⌈⌈K/g⌉·bits/32⌉]) or "bias" (biases in the scales' dtype). NVFP4's extra is its per-tensor scale,
-float32 [1]. K here is a multiple of the codes of a word. Twin of ``src/formats/quantized.h``.
+float32 [1]. K here is a multiple of the codes that fill whole words, ``unit``. Twin of ``src/formats/quantized.h``.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -23,7 +25,7 @@ from metal_marlin.errors import ArgumentError
 
 GROUPS = (16, 32, 64, 128, 256)  # or K
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-CLIPS = tuple(1 - 0.015 * i for i in range(21))  # of the largest magnitude, what "mse" tries
+CLIPS = 21  # parts of the largest magnitude that "mse" tries, 1.5 % apart, of few bits 3 %
 _BLOCK = 1 << 20  # weights encoded at a time
 
 
@@ -49,9 +51,24 @@ class Codec:
     largest: float = 0.0  # magnitude that the largest weight of a group is scaled to
 
     @property
+    def unit(self) -> int:
+        """Codes of the fewest that fill 32-bit words: 16 of two bits, 32 of three, 8 of four, 4 of eight."""
+        return 32 // math.gcd(32, self.bits)
+
+    @property
     def per_word(self) -> int:
-        """Codes of a 32-bit word."""
-        return 32 // self.bits
+        """Codes that kernels read together, ``kPerWord`` of the policy: 4 of eight bits, else 8."""
+        return min(8, self.unit)
+
+    def words(self, K: int) -> int:
+        """32-bit words of K codes; the last may be filled in part."""
+        return -(-K // self.unit) * self.unit * self.bits // 32
+
+    def columns(self, words: int) -> int:
+        """Codes of a row of so many words. Raises ArgumentError where codes do not fill them."""
+        if words * 32 % (self.unit * self.bits):
+            raise ArgumentError(f"codes: {words} words a row; {self.name} has multiples of {self.words(self.unit)}")
+        return words * 32 // self.bits
 
     @property
     def scale_dtypes(self) -> tuple[torch.dtype, ...]:
@@ -59,8 +76,8 @@ class Codec:
 
     def check(self, K: int, group_size: int) -> None:
         """Raise ArgumentError unless K fills words and the format has groups of that size."""
-        if K <= 0 or K % self.per_word:
-            raise ArgumentError(f"K = {K}; {self.name} needs a positive multiple of {self.per_word}")
+        if K <= 0 or K % self.unit:
+            raise ArgumentError(f"K = {K}; {self.name} needs a positive multiple of {self.unit}")
         if group_size not in self.groups and not (self.scale_kind == "float" and group_size == K):
             whole = f" or K = {K}" if self.scale_kind == "float" else ""
             raise ArgumentError(
@@ -80,7 +97,7 @@ class Codec:
         """Shape of ``extra``; None where there is none."""
         if self.scale_kind == "e4m3":
             return (1,)
-        return {"none": None, "packed": (N, -(-groups // self.per_word))}.get(zeros, (N, groups))
+        return {"none": None, "packed": (N, self.words(groups))}.get(zeros, (N, groups))
 
     def extra_dtype(self, scale_dtype: torch.dtype, zeros: str) -> torch.dtype:
         """Dtype of ``extra`` where there is one."""
@@ -90,18 +107,31 @@ class Codec:
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [..., K] to int32 words [..., K·bits/32]. Raises ArgumentError where K does not fill words."""
-        if codes.shape[-1] % self.per_word:
-            raise ArgumentError(f"codes: K = {codes.shape[-1]} is not a multiple of {self.per_word}")
-        parts = codes.to(torch.int32).unflatten(-1, (-1, self.per_word))
-        words = parts[..., 0].clone()
-        for i in range(1, self.per_word):
-            words |= parts[..., i] << (self.bits * i)
-        return words
+        if codes.shape[-1] % self.unit:
+            raise ArgumentError(f"codes: K = {codes.shape[-1]} is not a multiple of {self.unit}")
+        parts = codes.to(torch.int32).unflatten(-1, (-1, self.unit))
+        words = parts.new_zeros(*parts.shape[:-1], self.words(self.unit))
+        for i in range(self.unit):
+            word, shift = divmod(self.bits * i, 32)
+            words[..., word] |= parts[..., i] << shift
+            if shift + self.bits > 32:
+                words[..., word + 1] |= parts[..., i] >> (32 - shift)
+        return words.flatten(-2)
 
     def unpack(self, words: torch.Tensor) -> torch.Tensor:
         """int32 words [..., K·bits/32] to uint8 codes [..., K]."""
-        shifts = torch.arange(0, 32, self.bits, device=words.device, dtype=torch.int32)
-        return ((words.view(torch.int32).unsqueeze(-1) >> shifts) & ((1 << self.bits) - 1)).to(torch.uint8).flatten(-2)
+        mask, parts = (1 << self.bits) - 1, words.view(torch.int32).unflatten(-1, (-1, self.words(self.unit)))
+        if self.unit * self.bits == 32:
+            shifts = torch.arange(0, 32, self.bits, device=words.device, dtype=torch.int32)
+            return ((parts >> shifts) & mask).to(torch.uint8).flatten(-2)
+        codes = torch.empty(*parts.shape[:-1], self.unit, dtype=torch.uint8, device=words.device)
+        for i in range(self.unit):
+            word, shift = divmod(self.bits * i, 32)
+            code = parts[..., word] >> shift & ((1 << min(self.bits, 32 - shift)) - 1)
+            if shift + self.bits > 32:
+                code |= parts[..., word + 1] << (32 - shift)
+            codes[..., i] = (code & mask).to(torch.uint8)
+        return codes.flatten(-2)
 
     def nearest(self, values: torch.Tensor) -> torch.Tensor:
         """uint8 codes of the nearest values, ties to the even code; beyond the largest it is that, and none is −0."""
@@ -148,7 +178,7 @@ class Codec:
                     f"away: pass scale_dtype=torch.float32 or torch.bfloat16"
                 )
         if zeros == "packed":
-            padding = -extra.shape[1] % self.per_word
+            padding = -extra.shape[1] % self.unit
             extra = self.pack(torch.nn.functional.pad(extra.to(torch.uint8), (0, padding)))
         if tensor_scale is not None:
             return Encoded(codes, scales, tensor_scale)
@@ -204,7 +234,8 @@ class Codec:
             )
         if method == "mse":
             near, least = exact.float(), None
-            for clip in CLIPS:
+            for i in range(CLIPS):
+                clip = 1 - i * (0.03 if self.bits < 4 else 0.015)
                 tried = self._scales(exact, clip, scale_dtype, zeros, tensor_scale)
                 error = self._error(near, *tried, zeros, tensor_scale, inside)
                 better = torch.ones_like(error, dtype=torch.bool) if least is None else error < least
@@ -212,7 +243,8 @@ class Codec:
                 scales, offsets = (
                     torch.where(better, new, old) for new, old in zip(tried, (scales, offsets), strict=True)
                 )
-        codes = self.nearest(self._targets(exact, scales, offsets, zeros, tensor_scale)[0])
+        targets, s, _, _ = self._targets(exact, scales, offsets, zeros, tensor_scale)
+        codes = torch.where(s > 0, self.nearest(targets), 0).to(torch.uint8)
         return self.pack(codes.view(N, count * group_size)[:, :K]), scales, offsets
 
     def _scales(
@@ -296,7 +328,7 @@ class Codec:
     ) -> torch.Tensor:
         """Weights [N, K] in ``dtype``, worked out in float64 (exact but for biases) and rounded once."""
         self.check_zeros(zeros)
-        N, K = codes.shape[0], codes.shape[1] * self.per_word
+        N, K = codes.shape[0], self.columns(codes.shape[1])
         self.check(K, group_size)
         count = self.groups_of(K, group_size)
         self.check_tensors(N, count, scales, extra, zeros)
@@ -359,7 +391,8 @@ def _grid(
     )
     grid = torch.tensor([value for value, _ in order], dtype=dtype, device=device)
     codes = torch.tensor([code for _, code in order], dtype=torch.uint8, device=device)
-    return grid, codes, all(b[0] - a[0] == 1 for a, b in itertools.pairwise(order))
+    whole = all(b[0] - a[0] == 1 for a, b in itertools.pairwise(order)) and order[0][0].is_integer()
+    return grid, codes, whole
 
 
 @lru_cache(maxsize=64)

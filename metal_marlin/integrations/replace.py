@@ -199,7 +199,7 @@ def _spec(name: str, layer: nn.Linear, rules: Mapping[str, str], base: tuple[str
     try:
         K = layer.in_features
         format, group = parse_spec(rule, K) if rule is not None else (base[0], group_of(*base))
-        padded = K + -K % codec(format).per_word
+        padded = K + -K % codec(format).unit
         codec(format).check(padded, padded if group == K else group)
     except ArgumentError as error:
         raise ArgumentError(f"{name}: {error}") from None

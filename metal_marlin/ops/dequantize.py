@@ -18,6 +18,7 @@ __all__ = ["CASES", "OP", "Case", "Plan", "all_codes", "all_codes_ref", "dequant
 
 FAMILIES = {"fp8_e4m3": "dequant_fp8.metal", "fp8_e5m2": "dequant_fp8.metal"}
 FAMILIES |= {"int8": "dequant_int8.metal", "uint8": "dequant_int8.metal"}
+FAMILIES |= dict.fromkeys(("int2", "int3", "nf3"), "dequant_sub4bit.metal")
 _FOUR = "dequant.metal"
 _STREAM = 8 << 20  # bytes of an output that no cache of the CPU is to hold
 
@@ -56,6 +57,7 @@ _ALL_CODES = {
     "test_fp8_e4m3_all_codes": ("dequant_fp8.metal", "fp8_e4m3"),
     "test_fp8_e5m2_all_codes": ("dequant_fp8.metal", "fp8_e5m2"),
     "test_int8_all_values": ("dequant_int8.metal", "int8"),
+    **{f"test_{f}_all_codes": ("dequant_sub4bit.metal", f) for f in ("int2", "int3", "nf3")},
 }
 
 
@@ -183,7 +185,7 @@ def _check(
     form = codec(format)
     if codes.ndim != 2:
         raise ArgumentError(f"dequantize: codes have shape {tuple(codes.shape)}; needs [N, K·{form.bits}/32]")
-    N, K = int(codes.shape[0]), int(codes.shape[1]) * form.per_word
+    N, K = int(codes.shape[0]), form.columns(int(codes.shape[1]))
     form.check(K, group_size)
     form.check_zeros(zeros)
     form.check_tensors(N, form.groups_of(K, group_size), scales, extra, zeros)
@@ -294,16 +296,19 @@ class Case:
 
 def _cases() -> list[Case]:
     found: list[Case] = []
-    kinds = [(f, z) for f in ("fp4", "int4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2") for z in codec(f).zero_kinds]
+    kinds = [(f, z) for f in CODECS if codec(f).scale_kind == "float" for z in codec(f).zero_kinds]
     for i, (f, z) in enumerate(kinds):
-        per = codec(f).per_word
+        per = codec(f).unit
         one, other = list(KEYS)[i % 3], list(KEYS)[(i + 1) % 3]
         for kernel in variants(f):
             sizes = ((5, 512), (37, 256)) if "uint8" not in kernel else ((5, 512),)
             found += [Case(N, K, 64, one, format=f, zeros=z, kernel=kernel) for N, K in sizes]
             found += [Case(7, 320, 16, d, one, f, z, kernel) for d in KEYS if d != one]
-        found += [Case(9, K, g, other, None, f, z) for K, g in ((per, per), (40, 16), (136, 136), (1000, 128))]
-        found += [Case(9, 568 + per, g, other, None, f, z) for g in (32, 64, 256)]
+        whole = [K + -K % per for K in (40, 136, 1000)]
+        found += [
+            Case(9, K, g, other, None, f, z) for K, g in zip((per, *whole), (per, 16, whole[1], 128), strict=True)
+        ]
+        found += [Case(9, 576 + per, g, other, None, f, z) for g in (32, 64, 256)]
     for f, g in (("mxfp4", 32), ("nvfp4", 16)):
         found += [Case(N, K, g, d, format=f) for d in KEYS for N, K in ((5, 64), (37, 576), (3, 40))]
     return [*found, *(Case(4096, 14336, dtype=d, scale_dtype=torch.float16, model="large") for d in KEYS)]

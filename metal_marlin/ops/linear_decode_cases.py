@@ -57,6 +57,9 @@ _FLOAT_SCALES = (
     ("uint8", "bias"),
     ("fp8_e4m3", "none"),
     ("fp8_e5m2", "none"),
+    ("int2", "none"),
+    ("int3", "none"),
+    ("nf3", "none"),
 )
 
 
@@ -81,12 +84,13 @@ def _others() -> list[Case]:
     """Few dtypes a format, because each is a kernel to compile: tails, one group, more than 32 groups, many tokens."""
     found: list[Case] = []
     for i, (name, zeros) in enumerate(_FLOAT_SCALES):
-        odd = codec(name).per_word
+        odd = codec(name).unit
+        small, middle, long = (K + -K % odd for K in (48, 136, 1000))
         one, other, third = (_DTYPES[(i + j) % 3] for j in range(3))
         found += [
             *(Case(1, 37, 640, g, one, format=name, zeros=zeros) for g in (16, 32, 64, 128, 256)),
-            *(Case(1, 5, K, 32, one, format=name, zeros=zeros) for K in (odd, 48 + odd, 624, 1000 + odd)),
-            *(Case(1, 6, K, K, one, format=name, zeros=zeros) for K in (odd, 136 + odd, 608)),
+            *(Case(1, 5, K, 32, one, format=name, zeros=zeros) for K in (odd, small + odd, 640 - odd, long + odd)),
+            *(Case(1, 6, K, K, one, format=name, zeros=zeros) for K in (odd, middle + odd, 608)),
             Case(1, 7, 576, 64, one, format=name, zeros=zeros),
             *(Case(M, 33, 416 + odd, 32, other, format=name, zeros=zeros) for M in (2, 8, 11)),
             Case(3, 19, 640, 128, other, format=name, zeros=zeros),

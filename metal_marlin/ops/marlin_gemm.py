@@ -75,6 +75,9 @@ _OTHERS = (
     *(("uint8", zeros, 32) for zeros in ("point", "packed", "bias")),
     ("fp8_e4m3", "none", 128),
     ("fp8_e5m2", "none", 64),
+    ("int2", "none", 64),
+    ("int3", "none", 32),
+    ("nf3", "none", 16),
 )
 CASES: tuple[Case, ...] = (
     *(Case(M, 67, 160, 32, d) for M in (1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 127, 128, 130) for d in _DTYPES),
@@ -84,6 +87,7 @@ CASES: tuple[Case, ...] = (
     *(Case(11, 33, 224, 32, d, s) for d in _DTYPES for s in _DTYPES if d != s),
     *(Case(13, 37, 288, g, d, None, f, z) for f, z, g in _OTHERS for d in _DTYPES),
     *(Case(7, 9, 100, g, d, None, f, z) for f, z, g in _OTHERS if codec(f).bits == 8 for d in _DTYPES),
+    *(Case(7, 9, 96 + codec(f).unit, 16, d, None, f) for f in ("int2", "int3", "nf3") for d in _DTYPES),
     Case(300, 70, 600, 64, torch.float32),
     *(Case(512, N, K, 128, model="large") for N, K in ((4096, 14336), (14336, 4096), (4096, 4096))),
     *(

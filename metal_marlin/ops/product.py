@@ -57,16 +57,17 @@ def check(
     out: torch.Tensor | None = None,
 ) -> tuple[int, int, int]:
     """M, N, K. Raises ArgumentError, in the name of ``op``, for shapes that do not belong together."""
-    per_word = codec(format).per_word
+    form = codec(format)
     if x.ndim < 1 or codes.ndim != 2 or scales.ndim != 2:
         raise ArgumentError(
             f"{op}: shapes x {tuple(x.shape)}, codes {tuple(codes.shape)}, scales {tuple(scales.shape)}; "
-            f"needs x [..., K], codes [N, K/{per_word}], scales [N, groups]"
+            f"needs x [..., K], codes [N, K·{form.bits}/32], scales [N, groups]"
         )
     # whole numbers: a weight's shape is no variable, though torch.compile may ask
     K, N = int(x.shape[-1]), int(codes.shape[0])
-    if codes.shape[1] * per_word != K:
-        raise ArgumentError(f"{op}: x has K = {K}, codes have K = {codes.shape[1] * per_word}")
+    held = form.columns(int(codes.shape[1]))
+    if held != K:
+        raise ArgumentError(f"{op}: x has K = {K}, codes have K = {held}")
     wanted, more = _layout(format, zeros, N, K, group_size, scales.dtype)
     if scales.shape != wanted:
         raise ArgumentError(

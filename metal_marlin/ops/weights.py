@@ -98,5 +98,5 @@ def random_weights(
     elif zeros == "bias":
         extra = (scales.float() * -(2**form.bits) * (0.3 + 0.4 * other)).to(scale_dtype)
     elif zeros == "packed":
-        extra = form.pack(torch.nn.functional.pad(other * 2**form.bits, (0, -groups % form.per_word)).to(torch.uint8))
+        extra = form.pack(torch.nn.functional.pad(other * 2**form.bits, (0, -groups % form.unit)).to(torch.uint8))
     return words, scales, extra

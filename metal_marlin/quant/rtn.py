@@ -44,7 +44,7 @@ def quantize(
         raise ArgumentError(f"scale = {scale!r}; it is 'rtn' or 'mse'")
     form, (N, K) = codec(format), weight.shape
     zeros = form.zero_kinds[0] if zeros is None else zeros
-    size, padding = group_of(format, group_size), -K % form.per_word
+    size, padding = group_of(format, group_size), -K % form.unit
     size = K + padding if size == K else size
     padded = torch.nn.functional.pad(weight.detach(), (0, padding)) if padding else weight.detach()
     kind = torch.float16 if scale_dtype is None else scale_dtype

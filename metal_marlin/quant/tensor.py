@@ -41,7 +41,7 @@ class QuantizedTensor:
 
     def __post_init__(self) -> None:
         form, (N, K) = codec(self.format), self.shape
-        words = -(-K // form.per_word)
+        words = form.words(K)
         if self.codes.dtype != torch.int32 or self.codes.shape != (N, words):
             raise ArgumentError(
                 f"codes: {self.codes.dtype} {tuple(self.codes.shape)}; {self.format} of {(N, K)} needs "
@@ -56,8 +56,8 @@ class QuantizedTensor:
 
     @property
     def padded(self) -> int:
-        """Columns that the codes hold: K rounded up to whole words."""
-        return int(self.codes.shape[1]) * codec(self.format).per_word
+        """Columns that the codes hold: K rounded up to what fills whole words."""
+        return codec(self.format).columns(int(self.codes.shape[1]))
 
     @property
     def device(self) -> torch.device:
@@ -222,9 +222,9 @@ def empty(
 ) -> QuantizedTensor:
     """A tensor to be filled: shape (N, K) and everything that follows from it. Raises ArgumentError."""
     form, (N, K) = codec(format), shape
-    words = -(-K // form.per_word)
+    words = form.words(K)
     kind = form.zero_kinds[0] if zeros is None else zeros
-    groups = form.groups_of(words * form.per_word, group_size)
+    groups = form.groups_of(form.columns(words), group_size)
     dtype = scale_dtype if form.scale_kind == "float" else torch.uint8
     more = form.extra_shape(N, groups, kind)
     return QuantizedTensor(

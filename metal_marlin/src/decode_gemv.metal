@@ -73,7 +73,10 @@ template <typename Q, typename T> using GemvTiled = SimdGemv<Q, T, 1, 4, 4096>;
     ROWS_TS("decode_gemv_uint8" variant, "__zpacked", "_zpacked", Core, Uint8Packed)                         \
     ROWS_TS("decode_gemv_uint8" variant, "__zbias", "_zbias", Core, Uint8Bias)                               \
     ROWS_TS("decode_gemv_fp8_e4m3" variant, "", "", Core, Fp8E4M3)                                           \
-    ROWS_TS("decode_gemv_fp8_e5m2" variant, "", "", Core, Fp8E5M2)
+    ROWS_TS("decode_gemv_fp8_e5m2" variant, "", "", Core, Fp8E5M2)                                           \
+    ROWS_TS("decode_gemv_int2" variant, "", "", Core, Int2)                                                  \
+    ROWS_TS("decode_gemv_int3" variant, "", "", Core, Int3)                                                  \
+    ROWS_TS("decode_gemv_nf3" variant, "", "", Core, Nf3)
 
 FORMATS("", GemvOne)
 FORMATS("_batched", GemvBatch)

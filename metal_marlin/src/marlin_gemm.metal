@@ -49,6 +49,9 @@ ROWS("marlin_gemm_uint8", Uint8Packed, DoubleStage, "__zpacked", "_zpacked")
 ROWS("marlin_gemm_uint8", Uint8Bias, DoubleStage, "__zbias", "_zbias")
 ROWS("marlin_gemm_fp8_e4m3", Fp8E4M3, DoubleStage, "", "")
 ROWS("marlin_gemm_fp8_e5m2", Fp8E5M2, DoubleStage, "", "")
+ROWS("marlin_gemm_int2", Int2, DoubleStage, "", "")
+ROWS("marlin_gemm_int3", Int3, DoubleStage, "", "")
+ROWS("marlin_gemm_nf3", Nf3, DoubleStage, "", "")
 
 // Tiles with asynchronous copies; m: rows of W and tokens of a threadgroup.
 #define FEW(name, rows, tokens, threads, W, T)                                                               \

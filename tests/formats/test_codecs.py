@@ -23,6 +23,8 @@ VALUES = {
     "fp4": E2M1, "mxfp4": E2M1, "nvfp4": E2M1, "int4": list(range(16)), "uint8": list(range(256)),
     "int8": BYTES.view(torch.int8).tolist(), "fp8_e4m3": BYTES.view(torch.float8_e4m3fn).double().tolist(),
     "fp8_e5m2": BYTES.view(torch.float8_e5m2).double().tolist(),
+    "int2": [q - 1.5 for q in range(4)], "int3": [q - 3.5 for q in range(8)],
+    "nf3": torch.tensor([-1, -0.5350227, -0.2469314, 0, 0.1833375, 0.3819940, 0.6229857, 1]).double().tolist(),
 }  # fmt: skip
 KINDS = [(name, zeros) for name, c in CODECS.items() for zeros in c.zero_kinds]
 
@@ -47,11 +49,14 @@ def test_words(name: str) -> None:
     words = form.pack(codes)
     assert (words.dtype, tuple(words.shape)) == (torch.int32, (3, 64 * form.bits // 32))
     for n in range(3):
-        for w, word in enumerate(words[n].tolist()):
-            part = [(word & 0xFFFFFFFF) >> (form.bits * i) & ((1 << form.bits) - 1) for i in range(form.per_word)]
-            assert part == codes[n, w * form.per_word :][: form.per_word].tolist()
+        row = sum((word & 0xFFFFFFFF) << (32 * w) for w, word in enumerate(words[n].tolist()))
+        assert [row >> (form.bits * k) & ((1 << form.bits) - 1) for k in range(64)] == codes[n].tolist()
     assert torch.equal(form.unpack(words), codes)
-    with pytest.raises(ArgumentError, match=f"K = 7 is not a multiple of {form.per_word}"):
+    unit = {2: 16, 3: 32, 4: 8, 8: 4}[form.bits]
+    assert (form.words(unit), form.words(unit + 1), form.columns(64 * form.bits // 32)) == (
+        form.bits * unit // 32, form.bits * unit // 16, 64,
+    )  # fmt: skip
+    with pytest.raises(ArgumentError, match=f"K = 7 is not a multiple of {unit}"):
         form.pack(codes[:, :7])
 
 
@@ -60,7 +65,7 @@ def test_nearest(name: str) -> None:
     """Every value is its own code; between two the nearer, half-way the even code; none is −0, NaN or infinite."""
     form = codec(name)
     pairs = sorted(
-        {v: c for c, v in reversed(list(enumerate(VALUES[name]))) if math.isfinite(v) and (v or c == 0)}.items()
+        {v: c for c, v in reversed(list(enumerate(VALUES[name]))) if math.isfinite(v) and str(v) != "-0.0"}.items()
     )
     grid, codes = zip(*pairs, strict=True)
     assert form.nearest(torch.tensor(grid, dtype=torch.float64)).tolist() == list(codes)
@@ -78,7 +83,7 @@ def test_round_trip(name: str, zeros: str, scale_dtype: torch.dtype) -> None:
     """Scales by the format's rule; codes nearest under what is stored; decode by the definition."""
     form = codec(name)
     group = form.groups[0] if len(form.groups) == 1 else 64
-    w = weights(5, 200 if len(form.groups) > 1 else 192)
+    w = weights(5, 224 if form.bits < 4 else 200 if len(form.groups) > 1 else 192)  # a shorter last group
     encoded = form.encode(w, group, scale_dtype=scale_dtype, zeros=zeros)
     N, K = w.shape
     count = -(-K // group)
@@ -98,6 +103,7 @@ def test_round_trip(name: str, zeros: str, scale_dtype: torch.dtype) -> None:
     else:
         scale = encoded.scales.double()
         rule = {"fp4": 6, "int4": 7.5, "int8": 127, "fp8_e4m3": 448, "fp8_e5m2": 57344}
+        rule |= {"int2": 1.5, "int3": 3.5, "nf3": 1}
         top = (1 << form.bits) - 1
         if zeros == "none":
             wanted = amax / rule[name]
@@ -134,11 +140,12 @@ def test_round_trip(name: str, zeros: str, scale_dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("name", "zeros"), KINDS)
 def test_groups_of_zeros_stay_zero(name: str, zeros: str) -> None:
     form = codec(name)
-    group = form.groups[0]
+    group = max(form.groups[0], form.unit)
     w = weights(2, 4 * group)
     w[:, group : 2 * group] = 0
     encoded = form.encode(w, group, zeros=zeros)
     decoded = form.decode(*encoded[:3], group, zeros)
+    assert not form.unpack(encoded.codes)[:, group : 2 * group].any()
     assert torch.equal(decoded[:, group : 2 * group], torch.zeros(2, group, dtype=torch.float64))
     empty = form.encode(torch.zeros(3, group), group, zeros=zeros)
     assert torch.equal(form.decode(*empty[:3], group, zeros), torch.zeros(3, group, dtype=torch.float64))
@@ -210,6 +217,8 @@ def test_bad_input() -> None:
     w[1, 3] = math.inf
     with pytest.raises(ArgumentError, match=r"weight\[1, 3\] is inf; 1 values are not finite"):
         form.encode(w, 32)
+    with pytest.raises(ArgumentError, match="codes: 4 words a row; int3 has multiples of 3"):
+        codec("int3").decode(torch.zeros(2, 4, dtype=torch.int32), torch.ones(2, 1, dtype=torch.float16), None, 32)
     encoded = form.encode(weights(2, 64), 32)
     with pytest.raises(ArgumentError, match=r"scales: torch\.float16 \(2, 1\); fp4 of 2 rows with 2 groups needs"):
         form.decode(encoded.codes, encoded.scales[:, :1], None, 32)

@@ -28,13 +28,17 @@ VALUES = {
     "uint8": [float(i) for i in range(256)],
     "fp8_e4m3": E4M3,
     "fp8_e5m2": E5M2,
+    "int2": [q - 1.5 for q in range(4)],
+    "int3": [q - 3.5 for q in range(8)],
+    "nf3": torch.tensor([-1, -0.5350227, -0.2469314, 0, 0.1833375, 0.3819940, 0.6229857, 1]).tolist(),
 }
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def parts(words: torch.Tensor, bits: int) -> torch.Tensor:
     unsigned = words.long() & 0xFFFFFFFF
-    return torch.stack([unsigned >> (bits * i) & (2**bits - 1) for i in range(32 // bits)], -1).flatten(-2)
+    single = (unsigned.unsqueeze(-1) >> torch.arange(32) & 1).flatten(-2)
+    return (single.unflatten(-1, (-1, bits)) << torch.arange(bits)).sum(-1)
 
 
 def weights(case: Case, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,7 +47,7 @@ def weights(case: Case, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     assert codes is not None
     assert scales is not None
     values = torch.tensor(VALUES[case.format], dtype=torch.float64)
-    bits = 4 if len(values) == 16 else 8
+    bits = len(values).bit_length() - 1
     column = torch.arange(case.K) // case.group
     scale = scales.double()
     if case.format == "mxfp4":
@@ -96,6 +100,7 @@ def test_matches_the_definition(case: Case, device: str) -> None:
         ("test_fp8_e4m3_all_codes", E4M3),
         ("test_fp8_e5m2_all_codes", E5M2),
         ("test_int8_all_values", SIGNED),
+        *((f"test_{name}_all_codes", VALUES[name]) for name in ("int2", "int3", "nf3")),
     ],
 )
 def test_every_code(kernel: str, values: list[float], device: str) -> None:
@@ -124,6 +129,20 @@ def test_words(kernel: str, device: str) -> None:
         ("vectorized", "scaled")
     ) else dispatch_kernel(library, kernel, threadgroups=8, threads_per_threadgroup=8, args=args)
     assert torch.equal(y.cpu(), (want * scales.double().unsqueeze(1) if scaled else want).half())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("name", "bits"), [("int2", 2), ("int3", 3), ("nf3", 3)])
+def test_words_of_fewer_bits(name: str, bits: int, device: str) -> None:
+    rng = torch.Generator().manual_seed(2)
+    words = torch.randint(-(2**31), 2**31, (8 * bits,), generator=rng).to(torch.int32)
+    want = torch.tensor(VALUES[name], dtype=torch.float64)[parts(words, bits)].view(32, 8)
+    scales = torch.linspace(0.01, 3, 32).half()
+    y = torch.full((32, 8), math.nan, dtype=torch.float16, device=device)
+    library = MetalKernelLibrary("dequant_sub4bit.metal", device=device, lanes=32)
+    args = (words.to(device), scales.to(device), y)
+    dispatch_kernel(library, f"test_{name}_packed_scaled", threads=32, threads_per_threadgroup=8, args=args)
+    assert torch.equal(y.cpu(), (want * scales.double().unsqueeze(1)).float().half())
 
 
 @pytest.mark.parametrize("device", DEVICES)

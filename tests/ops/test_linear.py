@@ -15,7 +15,7 @@ from metal_marlin.runtime.counters import counters, reset_counters
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.cuda)]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-KINDS = [("fp4", "none", 64), ("nvfp4", "none", 16), ("int4", "packed", 32), ("uint8", "bias", 64)]
+KINDS = [("fp4", "none", 64), ("nvfp4", "none", 16), ("int4", "packed", 32), ("uint8", "bias", 64), ("nf3", "none", 32)]
 LIMITS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6}
 
 

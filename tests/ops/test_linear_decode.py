@@ -25,7 +25,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 ZEROS = {"int4": ("none", "point", "packed", "bias"), "uint8": ("point", "packed", "bias")}
 FORMATS = [
     (f, z)
-    for f in ("fp4", "mxfp4", "nvfp4", "int4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2")
+    for f in ("fp4", "mxfp4", "nvfp4", "int4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2", "int2", "int3", "nf3")
     for z in ZEROS.get(f, ("none",))
 ]
 
@@ -49,6 +49,9 @@ VALUES = {
     "uint8": range(256),
     "fp8_e4m3": E4M3,
     "fp8_e5m2": E5M2,
+    "int2": [q - 1.5 for q in range(4)],
+    "int3": [q - 3.5 for q in range(8)],
+    "nf3": torch.tensor([-1, -0.5350227, -0.2469314, 0, 0.1833375, 0.3819940, 0.6229857, 1]).tolist(),
 }
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -56,7 +59,15 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 def parts(words: torch.Tensor, bits: int) -> torch.Tensor:
     """What words hold, the lowest bits first, with bits taken apart here and not by the codec."""
     unsigned = words.cpu().long() & 0xFFFFFFFF
-    return torch.stack([unsigned >> (bits * i) & (2**bits - 1) for i in range(32 // bits)], -1).flatten(-2)
+    single = (unsigned.unsqueeze(-1) >> torch.arange(32) & 1).flatten(-2)
+    return (single.unflatten(-1, (-1, bits)) << torch.arange(bits)).sum(-1)
+
+
+def packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """The reverse of parts."""
+    single = (codes.unsqueeze(-1) >> torch.arange(bits) & 1).flatten(-2)
+    words = (single.unflatten(-1, (-1, 32)) << torch.arange(32)).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
 def weights(case: Case, tensors: Tensors, *, largest: bool = False) -> torch.Tensor:
@@ -65,7 +76,7 @@ def weights(case: Case, tensors: Tensors, *, largest: bool = False) -> torch.Ten
     assert codes is not None
     assert scales is not None
     values = torch.tensor(list(VALUES[case.format]), dtype=torch.float64)
-    bits = 4 if len(values) == 16 else 8
+    bits = len(values).bit_length() - 1
     column = torch.arange(case.K) // case.group
     if case.format == "mxfp4":
         scale = torch.tensor([2.0 ** (e - 127) for e in range(255)] + [math.nan], dtype=torch.float64)[scales.long()]
@@ -167,7 +178,8 @@ def dispatch(library: MetalKernelLibrary, case: Case, tensors: Tensors, kind: st
     return y
 
 
-FEW = [*SMALL[::31], Case(5, 70, 1000, 16), Case(1, 6, 608, 608, format="int4", zeros="packed")]
+NEW = [c for c in SMALL if c.format in ("int2", "int3", "nf3")]
+FEW = [*SMALL[::31], *NEW[::4], Case(5, 70, 1000, 16), Case(1, 6, 608, 608, format="int4", zeros="packed")]
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
@@ -233,14 +245,14 @@ def test_plans_name_every_row() -> None:
 def test_every_code_is_exact(form: str, zeros: str, group: int, device: str) -> None:
     """x picks one weight of each row: y is that weight, bit for bit (scales are powers of two), NaN where it is."""
     dtype = next(c.dtype for c in SMALL if (c.format, c.zeros) == (form, zeros) and c.M > 1)
-    bits, K = (4, 64) if len(VALUES[form]) == 16 else (8, 256)
+    bits = len(VALUES[form]).bit_length() - 1
+    K = 256 if bits == 8 else 64
     if form in ("mxfp4", "nvfp4"):
         group = 32 if form == "mxfp4" else 16
     case = Case(K, 2, K, group, dtype, format=form, zeros=zeros)
     per = 32 // bits
     each = torch.arange(2 * K).view(2, K) % 2**bits
-    words = (each.unflatten(1, (-1, per)) << torch.arange(0, 32, bits)).sum(-1)
-    codes = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    codes = packed(each, bits)
     groups = K // group
     scales, extra = torch.full((2, groups), 0.25).to(dtype), None
     if form == "mxfp4":
@@ -253,7 +265,8 @@ def test_every_code_is_exact(form: str, zeros: str, group: int, device: str) -> 
         extra = torch.full((2, groups), 3.0 if zeros == "point" else -0.75).to(dtype)
     x = torch.eye(K, dtype=dtype)
     W = weights(case, (x, codes, scales, extra))
-    assert len(set(W[0].nan_to_num(9e9).tolist())) >= 2**bits - 8
+    W = W.to(dtype).double() if form == "nf3" else W  # whose values are numbers of float alone
+    assert len(set(W[0].nan_to_num(9e9).tolist())) >= 2**bits - 8 * (bits > 3)
     # the rows of weights that are not finite spoil sums of others: each is compared where it is picked
     keep = W.isfinite().all(1) | torch.tensor(form not in ("fp8_e4m3", "fp8_e5m2"))
     moved = [None if t is None else t.to(device) for t in (x, codes, scales, extra)]
@@ -263,9 +276,7 @@ def test_every_code_is_exact(form: str, zeros: str, group: int, device: str) -> 
     else:
         assert y.isnan().all()  # every row has a NaN, and 0 times NaN is NaN
         finite = W.isfinite()
-        codes = torch.where(finite, each, 0)
-        words = (codes.unflatten(1, (-1, per)) << torch.arange(0, 32, bits)).sum(-1)
-        moved[1] = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).to(device)
+        moved[1] = packed(torch.where(finite, each, 0), bits).to(device)
         y = multiply(case, moved).cpu().double()  # type: ignore[arg-type]
         assert torch.equal(y + 0.0, torch.where(finite, W, 0.0).T + 0.0)
 

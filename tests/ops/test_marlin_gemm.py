@@ -35,9 +35,10 @@ DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.cuda)]
 SMALL = [case for case in CASES if not case.model]
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 DTYPES = tuple(ROUNDING)
-BITS = {"int8": 8, "uint8": 8, "fp8_e4m3": 8, "fp8_e5m2": 8}  # others have 4
+BITS = {"int8": 8, "uint8": 8, "fp8_e4m3": 8, "fp8_e5m2": 8, "int2": 2, "int3": 3, "nf3": 3}  # others have 4
+NF3 = torch.tensor([-1, -0.5350227, -0.2469314, 0, 0.1833375, 0.3819940, 0.6229857, 1]).tolist()
 ZEROS = {"int4": ("none", "point", "packed", "bias"), "uint8": ("point", "packed", "bias")}  # others have none
-FORMATS = ("fp4", "mxfp4", "nvfp4", "int4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2")
+FORMATS = ("fp4", "mxfp4", "nvfp4", "int4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2", "int2", "int3", "nf3")
 KINDS = [(name, zeros) for name in FORMATS for zeros in ZEROS.get(name, ("none",))]
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -58,12 +59,17 @@ def value(name: str, code: int) -> float:
     if name == "fp8_e5m2":
         largest = math.copysign(math.inf, 0x7F - code) if code & 3 == 0 else math.nan
         return largest if code & 0x7C == 0x7C else small_float(code, 5, 2)
+    if name in ("int2", "int3"):
+        return code - (1.5 if name == "int2" else 3.5)
+    if name == "nf3":
+        return NF3[code]
     return float(code - 256 * (code >> 7)) if name == "int8" else float(code)
 
 
 def parts(words: torch.Tensor, bits: int) -> torch.Tensor:
     unsigned = words.cpu().long() & 0xFFFFFFFF
-    return torch.stack([unsigned >> shift & (1 << bits) - 1 for shift in range(0, 32, bits)], -1).flatten(1)
+    single = (unsigned.unsqueeze(-1) >> torch.arange(32) & 1).flatten(-2)
+    return (single.unflatten(-1, (-1, bits)) << torch.arange(bits)).sum(-1)
 
 
 def weights(case: Case, codes: torch.Tensor, scales: torch.Tensor, extra: torch.Tensor | None) -> torch.Tensor:
@@ -135,7 +141,7 @@ def row_cases() -> list[object]:
         for dtype in DTYPES:
             for scale in (None,) if name in ("mxfp4", "nvfp4") else DTYPES:
                 for variant in VARIANTS.get(name, ("",)):
-                    case = Case(11, 70, 144, group, dtype, scale, name, zeros)
+                    case = Case(11, 70, 160 if BITS.get(name) == 3 else 144, group, dtype, scale, name, zeros)
                     slow = [] if len(found) % 6 == 0 else [pytest.mark.slow]
                     found.append(pytest.param(case, variant, id=f"{case}{variant}", marks=slow))
     return found
@@ -265,7 +271,8 @@ def planned(case: Case, tensors: Tensors, kind: str) -> Plan:
     return plan(case.M, case.N, case.dtype, tensors[2].dtype, kind, case.format, case.zeros)
 
 
-LANES = [c for c in SMALL[::9] if c.M < 100] + [Case(70, 66, 200, 16, d) for d in DTYPES]
+NEW = [c for c in SMALL if c.format in ("int2", "int3", "nf3")]
+LANES = [c for c in SMALL[::9] if c.M < 100] + NEW[::2] + [Case(70, 66, 200, 16, d) for d in DTYPES]
 
 
 @pytest.mark.parametrize("case", LANES, ids=str)
@@ -292,7 +299,7 @@ def test_one_stage_with_32_lanes(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("level", ["cpu:x86-64-v3", "cpu:x86-64-v4"])
-@pytest.mark.parametrize("case", [Case(15, 83, 200, 16, torch.bfloat16), *SMALL[-28::6]], ids=str)
+@pytest.mark.parametrize("case", [Case(15, 83, 200, 16, torch.bfloat16), *SMALL[-46:-18:6], *NEW[::5]], ids=str)
 def test_older_cpus(case: Case, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     host = Target.host_cpu().arch
     if "x86" not in host or host < level.partition(":")[2]:
@@ -337,12 +344,13 @@ def test_variants_have_the_same_bits(dtype: torch.dtype, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["fp4", "int4", "int8", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("name", ["fp4", "int4", "int8", "fp8_e4m3", "fp8_e5m2", "int2", "int3", "nf3"])
 def test_every_code_is_exact(name: str, dtype: torch.dtype, device: str) -> None:
     """x picks one weight of each row: y is that weight, bit for bit (scales are powers of two)."""
-    count = 1 << BITS.get(name, 4)
-    finite = torch.tensor([math.isfinite(value(name, c)) for c in range(count)])
-    row = torch.where(finite, torch.arange(count), 0).to(torch.uint8)
+    count = max(32, 1 << BITS.get(name, 4))
+    each = torch.arange(count) % (1 << BITS.get(name, 4))
+    finite = torch.tensor([math.isfinite(value(name, c)) for c in each.tolist()])
+    row = torch.where(finite, each, 0).to(torch.uint8)
     codes = codec(name).pack(torch.stack([row, row.flip(0)] * 2))
     scales = torch.tensor([[0.25], [0.5], [1.0], [2.0**-7]]).to(dtype)
     case = Case(count, 4, count, count, dtype, None, name)
@@ -389,7 +397,7 @@ def test_writes_only_its_output(case: Case, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["fp4", "int8"])
+@pytest.mark.parametrize("name", ["fp4", "int8", "int3"])
 def test_views_that_start_anywhere(name: str, dtype: torch.dtype, device: str) -> None:
     case = Case(9, 70, 96, 32, dtype, None, name)
     tensors = case.tensors(device)

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from metal_marlin.errors import ArgumentError
+from metal_marlin.nn.linear import QuantLinear
 from metal_marlin.quant import QuantizedTensor, cat, prepack, quantize, unpack
 from metal_marlin.quant.layouts import LAYOUTS
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
-FORMATS = ["fp4", "mxfp4", "nvfp4", "int4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2"]
+FORMATS = ["fp4", "mxfp4", "nvfp4", "int4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2", "int2", "int3", "nf3"]
 
 
 def random(N: int, K: int, seed: int = 0) -> torch.Tensor:
@@ -49,10 +50,29 @@ def test_fp4_decodes_by_the_definition(N: int, K: int, group: int) -> None:
 def test_every_format_comes_near_the_weight(name: str, K: int) -> None:
     weight = random(9, K)
     limit = {"int8": 0.01, "uint8": 0.01, "fp8_e4m3": 0.04, "fp8_e5m2": 0.08}.get(name, 0.2)
+    limit = {"int2": 0.6, "int3": 0.25, "nf3": 0.25}.get(name, limit)
     for scale in ("rtn", "mse"):
         made = quantize(weight, name, scale=scale).dequantize(torch.float32)
         assert made.shape == (9, K)
         assert (made - weight).norm() <= limit * weight.norm()
+
+
+@pytest.mark.parametrize(("name", "unit"), [("int2", 16), ("int3", 32), ("nf3", 32)])
+@pytest.mark.parametrize("K", [1, 31, 32, 65])
+def test_rows_are_padded_to_whole_words(K: int, name: str, unit: int) -> None:
+    """By weights of 0, whose codes x of 0 meets; the largest weight of a row is among the values."""
+    weight, bits = random(3, K), 2 if name == "int2" else 3
+    q = quantize(weight, name, scale_dtype=torch.float32)
+    columns = -(-K // unit) * unit
+    assert (q.shape, q.padded, tuple(q.codes.shape)) == ((3, K), columns, (3, columns * bits // 32))
+    made = q.dequantize(torch.float32)
+    for first in range(0, K, 64):
+        part, ours = weight[:, first : first + 64], made[:, first : first + 64]
+        place = part.abs().argmax(1, keepdim=True)
+        assert torch.allclose(ours.gather(1, place), part.gather(1, place), rtol=1e-6)
+    x = random(2, K, 7)
+    y = QuantLinear(q)(x)
+    assert torch.allclose(y.double(), x.double() @ made.double().T, rtol=1e-5, atol=1e-5)
 
 
 def test_mse_is_no_worse() -> None:

@@ -156,7 +156,7 @@ def _made(
     """K: the logical one, None where codes hold no more. said: the group size of the checkpoint's config, if any."""
     if scales.ndim != 2 or scales.shape[0] != codes.shape[0]:
         raise ArgumentError(f"{where}: scales of shape {tuple(scales.shape)}; {codes.shape[0]} rows need [N, groups]")
-    padded = codes.shape[1] * codec(format).per_word
+    padded = codec(format).columns(codes.shape[1])
     K = padded if K is None else K
     groups = int(scales.shape[1])
     group, rest = (padded, 0) if groups == 1 else divmod(K, groups)
@@ -199,11 +199,9 @@ def _packed(tensors: _Tensors, layer: str, settings: dict[str, Any]) -> Quantize
     if name in tensors:  # packed along N
         points = tensors.take(name)
         if points.dtype != torch.int32 or points.ndim != 2:
-            raise ArgumentError(
-                f"{name}: {points.dtype} {tuple(points.shape)}; needs int32 [N / {form.per_word}, groups]"
-            )
+            raise ArgumentError(f"{name}: {points.dtype} {tuple(points.shape)}; needs int32 [N / {form.unit}, groups]")
         by_group = form.unpack(points.T.contiguous())[:, :N].T
-        padding = -by_group.shape[1] % form.per_word
+        padding = -by_group.shape[1] % form.unit
         zeros = form.pack(torch.nn.functional.pad(by_group, (0, padding)))
         return _made(codes, scales, zeros, form.name, "packed", layer, K, said)
     if bits == 4:

@@ -1,11 +1,11 @@
 #pragma once
 // Dequantise core: y[n, k] = scale * (value - zero) + bias of formats/quantized.h, worked out in float, rounded once.
 //
-//   codes   uint  [N, K / per word]     y  T  [N, K]
+//   codes   uint  [N, words of memory]  y  T  [N, K]
 //   scales  S     [N, ceil(K / group)]  extra  as the format says
 //
 // What a thread does is a Core:
-//   DequantEach<kWords, kWide>   kWords words next to one another; kWide: 16-byte loads (of 4 words) and stores
+//   DequantEach<kWords, kWide>   kWords words of codes next to one another; kWide: 16-byte loads (of 4 words) and stores
 //   DequantRows<kWords, kWide>   the same, the grid's x is the row: no division, one row of scales a threadgroup
 //   DequantRun<kTurns>           a simdgroup takes a run of words, its lanes neighbours: loads and stores coalesce
 //   Dequant                      the device's own: cpu with one lane whole rows in vector registers, else DequantRun
@@ -68,10 +68,17 @@ static inline uint4 dequant_bits(thread const bfloat* v) {
 // kWords words of a row; they may lie in several groups.
 template <typename Q, typename T, uint kWords, bool kWide> struct DequantWords {
     typedef typename Q::Format Format;
+    typedef CodeWords<Format> Memory;
     enum : uint { kPerWord = Format::kPerWord, kSize = kWords * kPerWord, kEach = 16 / sizeof(T) };
     uint words[kWords];
 
-    void load(device const uint* from) {
+    // Words first, first + 1 ... of a matrix, whose rows follow one another without a gap.
+    void load(device const uint* codes, ulong first) {
+        if (Memory::kSize != 32) {
+            for (uint i = 0; i < kWords; ++i) words[i] = Memory::at(codes, uint(first) + i);
+            return;
+        }
+        device const uint* from = codes + first;
         if (kWide && kWords % 4 == 0) {
             for (uint i = 0; i + 3 < kWords; i += 4) {
                 const uint4 v = *(device const uint4*)(from + i);
@@ -117,7 +124,7 @@ template <typename Q, typename T, uint kWords, bool kWide> struct DequantEach {
         const uint each = a.words / kWords, n = at.tid / each, w = (at.tid - n * each) * kWords;
         if (n >= a.N) return;
         DequantWords<Q, T, kWords, kWide> part;
-        part.load(a.codes + ulong(n) * a.words + w);
+        part.load(a.codes, ulong(n) * a.words + w);
         const uint k = w * Q::Format::kPerWord;
         part.store(a, a.row(n), k, a.y + ulong(n) * a.K + k);
     }
@@ -128,7 +135,7 @@ template <typename Q, typename T, uint kWords, bool kWide> struct DequantRows {
         const uint n = at.tgid.x, w = at.column * kWords, k = w * Q::Format::kPerWord;
         if (w >= a.words) return;
         DequantWords<Q, T, kWords, kWide> part;
-        part.load(a.codes + ulong(n) * a.words + w);
+        part.load(a.codes, ulong(n) * a.words + w);
         part.store(a, a.row(n), k, a.y + ulong(n) * a.K + k);
     }
 };
@@ -149,7 +156,7 @@ template <typename Q, typename T, uint kTurns> struct DequantRun {
 #pragma unroll
         for (uint t = 0; t < kTurns; ++t) { // all loads are under way before the first is used
             const uint u = first + t * kSimdWidth;
-            if (u < all) parts[t].load(a.codes + ulong(u) * kWords);
+            if (u < all) parts[t].load(a.codes, ulong(u) * kWords);
         }
 #pragma unroll
         for (uint t = 0; t < kTurns; ++t) {

@@ -3,7 +3,7 @@
 // Weights are the left operand; sums are float and y is rounded once.
 //
 //   x       T     [M, K]
-//   codes   uint  [N, K / kPerWord]       words of W::Format, row-major
+//   codes   uint  [N, K * bits / 32]      words of memory, row-major; formats/code_words.h
 //   scales  S     [N, ceil(K / group)]    group: 16, 32, 64, 128, ... or K
 //   extra   E     what W::Extra says
 //   y       T     [M, N]

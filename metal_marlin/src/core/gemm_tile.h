@@ -6,6 +6,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct T
     typedef TileMath<T> Math;
     typedef typename Schedule::template Size<T> Size;
     typedef typename W::Format Format;
+    typedef CodeWords<Format> Memory;
     enum : uint {
         kBN = Size::kBN,
         kBM = Size::kBM,
@@ -53,11 +54,16 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct T
         return uint(as_type<ushort>(x[0])) | uint(as_type<ushort>(x[1])) << 16;
     }
 
-    // Words of W from weight k of a row on; 0 behind the end.
+    // Words of codes of W from weight k of a row on; 0 behind the end.
     static void fetch_words(device const uint* row, uint k, uint K, bool aligned,
                             thread uint (&words)[kWords]) {
-        device const uint* from = row + k / kPerWord;
-        if (aligned && kWords % 4 == 0) {
+        const uint first = k / kPerWord;
+        device const uint* from = row + first;
+        if (Memory::kSize != 32) {
+#pragma unroll
+            for (uint j = 0; j < kWords; ++j)
+                words[j] = k + j * kPerWord < K ? Memory::at(row, first + j) : 0;
+        } else if (aligned && kWords % 4 == 0) {
 #pragma unroll
             for (uint j = 0; j < kWords; j += 4) {
                 const uint4 v = k + j * kPerWord < K ? *(device const uint4*)(from + j) : uint4(0);
@@ -95,7 +101,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct T
                       thread Fetched& f) {
         const ulong row = min(at.tgid.x * kBN + tid / (kBK / kWeights), a.N - 1);
         const uint k = k0 + tid % (kBK / kWeights) * kWeights;
-        fetch_words(a.codes + row * (a.K / kPerWord), k, a.K, a.aligned, f.words);
+        fetch_words(a.codes + row * Memory::stored(a.K), k, a.K, a.aligned, f.words);
         const typename W::Row of = a.row(row);
 #pragma unroll
         for (uint i = 0; i < kWeights / kRun; ++i) {

@@ -3,7 +3,7 @@
 // is what formats/quantized.h says. Sums are float; y is rounded once. Every weight is read once for kTokens tokens.
 //
 //   x       T     [M, K]
-//   codes   uint  [N, K / per word]       Format's words, row-major
+//   codes   uint  [N, K * bits / 32]      words of memory, row-major; formats/code_words.h
 //   scales  S     [N, ceil(K / group)]    group: 16, 32, 64, 128, ... or K
 //   extra   E     zeros, biases, a factor; anything where the format has none
 //   y       T     [M, N]
@@ -15,6 +15,7 @@
 // Sources: own.
 #include <metal_stdlib>
 #include "core/constants.h"
+#include "formats/nf3.h" // for nvidia/operand.h: what is included under an #if is nowhere else
 #include "formats/quantized.h"
 using namespace metal;
 

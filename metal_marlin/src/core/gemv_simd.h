@@ -1,11 +1,12 @@
 #pragma once
 // The matrix-vector pipeline for any simdgroup: a simdgroup takes kRows rows of W and kTokens rows of x; its lanes
-// walk along K, each with kWords words of every row at a time; one simd_sum a row and token at the end.
+// walk along K, each with kWords words of codes of every row at a time; one simd_sum a row and token at the end.
 //   kWords  16 bytes of a row a lane are one load; 32 are two, with fewer rows
 //   kTile   0: x is read from device memory; else the threadgroup brings kTile elements of it into its own memory first,
 //           for all of its simdgroups
 template <typename Q, typename T, uint kTokens, uint kWords_ = 0, uint kTile = 0> struct SimdGemv {
     typedef typename Q::Format Format;
+    typedef CodeWords<Format> Memory;
     enum : uint {
         kPerWord = Format::kPerWord,
         kWords = kWords_ ? kWords_
@@ -29,19 +30,31 @@ template <typename Q, typename T, uint kTokens, uint kWords_ = 0, uint kTile = 0
         float x[kTokens][kStep], sum[kTokens][kRuns];
     };
 
-    static Words load(device const uint* from, uint count, bool aligned) {
+    // Words first, first + 1 ... of a row that has `count`.
+    static Words load(device const uint* row, uint first, uint count, bool aligned) {
         Words words;
-        if (kWords % 4 == 0 && aligned) {
+        device const uint* from = row + Memory::stored(first * kPerWord);
+        const uint left = count - first;
+        if (Memory::kSize == 32 && kWords % 4 == 0 && aligned) {
 #pragma unroll
             for (uint i = 0; i < kWords / 4; ++i) {
                 uint4 v = 0;
-                if (4 * i < count) v = *(device const uint4*)(from + 4 * i);
+                if (4 * i < left) v = *(device const uint4*)(from + 4 * i);
 #pragma unroll
                 for (uint j = 0; j < 4; ++j) words.w[4 * i + j] = v[j];
             }
+        } else if (kWords % Memory::kUnit == 0) { // whole units, as rows have
+            enum : uint { kLoads = (kWords * Memory::kSize + 31) / 32 };
+            uint memory[kLoads];
+#pragma unroll
+            for (uint j = 0; j < kLoads; ++j) {
+                memory[j] = j / Memory::kStored * Memory::kUnit < left ? from[j] : 0;
+            }
+#pragma unroll
+            for (uint j = 0; j < kWords; ++j) words.w[j] = Memory::of(memory, j);
         } else {
 #pragma unroll
-            for (uint j = 0; j < kWords; ++j) words.w[j] = j < count ? from[j] : 0;
+            for (uint j = 0; j < kWords; ++j) words.w[j] = j < left ? Memory::at(row, first + j) : 0;
         }
         return words;
     }
@@ -112,8 +125,8 @@ template <typename Q, typename T, uint kTokens, uint kWords_ = 0, uint kTile = 0
 #pragma unroll
                 for (uint r = 0; r < kRows; ++r) {
                     const ulong n = min(first + r, a.N - 1);
-                    const uint words = a.K / kPerWord;
-                    const Words w = load(a.codes + n * words + k / kPerWord, words - k / kPerWord, a.aligned);
+                    const Words w =
+                        load(a.codes + n * Memory::stored(a.K), k / kPerWord, a.K / kPerWord, a.aligned);
                     step(w, a, n, k, in, total[r]);
                 }
             }

@@ -8,6 +8,7 @@
 //           of every scale), ZeroPoint<T> ([N, groups]), PackedZero<bits> (uint [N, ceil(groups * bits / 32)], least
 //           significant first), Bias<T> ([N, groups])
 #include <metal_stdlib>
+#include "formats/code_words.h"
 using namespace metal;
 
 template <typename T> struct FloatScale {

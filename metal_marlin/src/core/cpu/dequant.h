@@ -9,20 +9,29 @@ template <typename Q, typename T> using Dequant = DequantRun<Q, T, 4>;
 typedef uchar DequantBytes __attribute__((ext_vector_type(16)));
 typedef uchar DequantEight __attribute__((ext_vector_type(8)));
 
-// Weights of 16 codes that lie in one group. Four bits: the group's 16 weights are a table.
-template <typename Q, uint kBits> struct DequantVector;
-template <typename Q> struct DequantVector<Q, 4> {
+// 16 codes, with others above them.
+template <uint kBits> static inline WideBits dequant_codes(device const uchar* from) {
+    if (kBits == 4) {
+        const DequantEight two = wide_load<DequantEight>(from), low = two & uchar(15), high = two >> uchar(4);
+        const DequantBytes codes =
+            __builtin_shufflevector(low, high, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+        return __builtin_convertvector(codes, WideBits);
+    }
+    ulong bits = 0;
+    __builtin_memcpy(&bits, from, 2 * kBits);
+    const HalfWideBits low = uint(bits), high = uint(bits >> (8 * kBits)), place = {0, 1, 2, 3, 4, 5, 6, 7};
+    const HalfWideBits a = low >> (place * kBits), b = high >> (place * kBits);
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
+// Weights of 16 codes that lie in one group. Up to four bits: the group's weights are a table, of fewer bits repeated.
+template <typename Q, uint kBits> struct DequantVector {
     Wide values, table;
     DequantVector() {
         for (uint code = 0; code < 16; ++code) values[code] = Q::Format::value(code);
     }
     void enter(typename Q::Group g) { table = g.scale * (values - g.zero) + g.bias; }
-    Wide weights(device const uchar* from) const {
-        const DequantEight two = wide_load<DequantEight>(from), low = two & uchar(15), high = two >> uchar(4);
-        const DequantBytes codes =
-            __builtin_shufflevector(low, high, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
-        return wide_lookup(table, __builtin_convertvector(codes, WideBits));
-    }
+    Wide weights(device const uchar* from) const { return wide_lookup(table, dequant_codes<kBits>(from)); }
 };
 template <typename Q> struct DequantVector<Q, 8> {
     typename Q::Group group;
@@ -58,7 +67,8 @@ template <typename Q, typename T> struct Dequant {
     template <bool kStream>
     static void row(thread const DequantArguments<Q, T>& a, thread DequantVector<Q, kBits>& vector, uint n) {
         const typename Q::Row row = a.row(n);
-        device const uchar* codes = (device const uchar*)(a.codes + ulong(n) * a.words);
+        device const uint* words = a.codes + ulong(n) * CodeWords<typename Q::Format>::stored(a.K);
+        device const uchar* codes = (device const uchar*)words;
         device T* to = a.y + ulong(n) * a.K;
         const uint whole = a.K / 16 * 16;
         for (uint g = 0; g < a.groups; ++g) {
@@ -75,7 +85,8 @@ template <typename Q, typename T> struct Dequant {
         if (whole < a.K) {
             const typename Q::Group group = row.group(min(whole >> a.shift, a.groups - 1));
             for (uint k = whole; k < a.K; ++k) {
-                const uint code = a.codes[ulong(n) * a.words + k / kPerWord] >> (k % kPerWord * kBits);
+                const uint code =
+                    CodeWords<typename Q::Format>::at(words, k / kPerWord) >> (k % kPerWord * kBits);
                 to[k] = T(group.weight(Q::Format::value(code)));
             }
         }

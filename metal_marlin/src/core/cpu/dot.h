@@ -1,5 +1,6 @@
 #pragma once
-// Products of codes and activations on the cpu. A step is 16 words, 64 bytes, of several rows. What a Dot has:
+// Products of codes and activations on the cpu. A step is 16 words of codes of several rows: 64 bytes, of three-bit
+// codes 48, of two-bit ones 32. What a Dot has:
 //   kStep, kStored   weights a step; vectors of type Stored that hold as many elements of x in the order that it needs
 //   kUnit            products are so much too small, which is left to the scales
 //   order(x, to)     makes them of elements converted to float
@@ -25,14 +26,15 @@ template <uint kRows> struct WideStep {
     const float* scales[kRows];
 };
 
-// Four-bit codes: lane j has the sums of word j, and its scale.
+// Codes of up to four bits: lane j has the sums of word j, eight codes, and its scale. Tables have as many entries as
+// the look-up has indices: a code's value again and again, whatever lies above the code.
 template <typename Dot, uint kRows, uint kTokens> struct WideWords {
     static void add(typename Dot::Table table, thread const WideStep<kRows>& step, thread const WideScales& s,
                     thread const typename Dot::Stored* x, uint stride, thread Wide (&total)[kRows][kTokens]) {
         WideBits q[kRows];
         Wide part[kRows][kTokens];
 #pragma unroll
-        for (uint r = 0; r < kRows; ++r) q[r] = wide_load<WideBits>(step.codes[r]);
+        for (uint r = 0; r < kRows; ++r) q[r] = wide_words<8 * Dot::kBits>(step.codes[r]);
         Dot::multiply(table, q, x, stride, part);
 #pragma unroll
         for (uint r = 0; r < kRows; ++r) {
@@ -47,7 +49,7 @@ typedef float WideRow __attribute__((ext_vector_type(128)));
 
 // Code i of all words is one vector: shift, look-up, multiply-add.
 template <typename Format, typename T> struct WideLookup {
-    enum : uint { kStep = 128, kStored = 8 };
+    enum : uint { kStep = 128, kStored = 8, kBits = Format::kBits };
     static constexpr constant float kUnit = 1;
     typedef Wide Stored, Table;
     Table table;
@@ -71,7 +73,7 @@ template <typename Format, typename T> struct WideLookup {
         for (uint i = 0; i < 8; ++i) {
             Wide w[kRows];
 #pragma unroll
-            for (uint r = 0; r < kRows; ++r) w[r] = wide_lookup(table, q[r] >> (4 * i));
+            for (uint r = 0; r < kRows; ++r) w[r] = wide_lookup(table, q[r] >> (kBits * i));
 #pragma unroll
             for (uint m = 0; m < kTokens; ++m) {
                 const Wide v = x[m * stride + i];
@@ -93,7 +95,7 @@ typedef bfloat WideBfloats __attribute__((ext_vector_type(32)));
 // Codes i and i + 4 of all words are one vector of bfloat pairs, which an instruction multiplies and adds in float. A
 // half is exactly the sum of two bfloats, and every weight is a bfloat: products are exact.
 template <typename Format, uint kParts> struct WidePairs {
-    enum : uint { kStep = 128, kStored = 4 * kParts };
+    enum : uint { kStep = 128, kStored = 4 * kParts, kBits = Format::kBits };
     static constexpr constant float kUnit = 1;
     typedef WideBfloats Stored;
     typedef short Table __attribute__((vector_size(64)));
@@ -125,12 +127,18 @@ template <typename Format, uint kParts> struct WidePairs {
         typedef float Floats __attribute__((vector_size(64)));
         typedef bfloat Bfloats __attribute__((vector_size(64)));
         typedef ushort WideShorts __attribute__((ext_vector_type(32)));
+        WideShorts halves[kRows]; // codes 0 ... 3 and 4 ... 7 of a word
+#pragma unroll
+        for (uint r = 0; r < kRows; ++r) {
+            const WideBits upper = (q[r] << (16 - 4 * kBits)) & 0xffff0000u;
+            halves[r] = __builtin_bit_cast(WideShorts, kBits == 4 ? q[r] : (q[r] & 0xffffu) | upper);
+        }
 #pragma unroll
         for (uint i = 0; i < 4; ++i) {
             Bfloats w[kRows];
 #pragma unroll
             for (uint r = 0; r < kRows; ++r) {
-                const WideShorts codes = __builtin_bit_cast(WideShorts, q[r]) >> (ushort)(4 * i);
+                const WideShorts codes = halves[r] >> (ushort)(kBits * i);
                 w[r] = __builtin_bit_cast(
                     Bfloats, __builtin_ia32_permvarhi512(table, __builtin_bit_cast(Table, codes)));
             }
@@ -250,18 +258,24 @@ template <> struct WideScale<E4M3> {
     }
 };
 
-template <typename Format, typename T, uint kBits> struct WideDotOf;
-template <typename Format, typename T> struct WideDotOf<Format, T, 4> {
+template <typename Format, typename T> struct WideTable {
     typedef WideLookup<Format, T> type;
 };
 #if defined(__AVX512BF16__)
-template <typename Format> struct WideDotOf<Format, bfloat, 4> {
+template <typename Format> struct WideTable<Format, bfloat> {
     typedef WidePairs<Format, 1> type;
 };
-template <typename Format> struct WideDotOf<Format, half, 4> {
+template <typename Format> struct WideTable<Format, half> {
     typedef WidePairs<Format, 2> type;
 };
+template <> struct WideTable<NF3, bfloat> { // its values are floats
+    typedef WideLookup<NF3, bfloat> type;
+};
+template <> struct WideTable<NF3, half> {
+    typedef WideLookup<NF3, half> type;
+};
 #endif
+template <typename Format, typename T, uint kBits> struct WideDotOf : WideTable<Format, T> {};
 template <typename Format, typename T> struct WideDotOf<Format, T, 8> {
     typedef WideChunks<Format, T> type;
 };

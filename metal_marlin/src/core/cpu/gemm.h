@@ -8,7 +8,8 @@ using Gemm = TileGemm<W, T, Schedule, Epilogue>;
 #include "core/cpu/wide.h"
 
 // Values of code i of 16 words.
-template <typename Format, uint kBits> struct WideCodes { // arithmetic, lane by lane
+template <typename Format, bool kTable = (Format::kBits <= 4)> struct WideCodes { // arithmetic, lane by lane
+    enum : uint { kBits = Format::kBits };
     Wide of(WideBits words, uint i) const {
         uint code[16];
         float value[16];
@@ -17,12 +18,13 @@ template <typename Format, uint kBits> struct WideCodes { // arithmetic, lane by
         return wide_load<Wide>(value);
     }
 };
-template <typename Format> struct WideCodes<Format, 4> {
+template <typename Format>
+struct WideCodes<Format, true> { // of fewer than four bits the table repeats itself
     Wide table;
     WideCodes() {
         for (uint code = 0; code < 16; ++code) table[code] = Format::value(code);
     }
-    Wide of(WideBits words, uint i) const { return wide_lookup(table, words >> (i * 4)); }
+    Wide of(WideBits words, uint i) const { return wide_lookup(table, words >> (i * Format::kBits)); }
 };
 
 // Rows of 16 x 16 words become columns: blocks of s x s beside the diagonal change places.
@@ -50,6 +52,7 @@ static inline void wide_transpose(thread WideBits (&q)[16]) {
 // along the panel. Weights are not rounded; there is nothing to fetch ahead, so every schedule is this one.
 template <typename W, typename T, typename Schedule, typename Epilogue> struct PanelGemm {
     typedef typename W::Format Format;
+    typedef CodeWords<Format> Memory;
     enum : uint {
 #if defined(__AVX512F__)
         kVectors = 4, // of 32 registers, 24 for sums
@@ -64,7 +67,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct P
         kMostRows = 64,
         kPerWord = Format::kPerWord
     };
-    static_assert(kDepth % (16 * kPerWord) == 0, "PanelGemm: words are decoded 16 at a time");
+    static_assert(kDepth % (16 * kPerWord) == 0, "PanelGemm: words of codes are decoded 16 at a time");
     struct Shared {
         uint nothing;
     };
@@ -81,7 +84,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct P
     static void run(GemmArguments<W, T> a, GemmPlace at, threadgroup Shared&, Epilogue epilogue) {
         const uint row = at.tgid.x * a.rows, rows = min(a.rows, a.N - row);
         const uint token = at.tgid.y * a.tokens, tokens = min(a.tokens, a.M - token);
-        const WideCodes<Format, Format::kBits> codes;
+        const WideCodes<Format> codes;
         Block block;
         for (uint k = 0; k < a.K; k += kDepth) {
             const uint depth = min(uint(kDepth), a.K - k);
@@ -113,29 +116,30 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct P
     }
 
     // Weights k0 ... k0 + depth of kPanel rows; behind the last row it is that one again.
-    static void decode(thread const GemmArguments<W, T>& a,
-                       thread const WideCodes<Format, Format::kBits>& codes, uint row, uint k0, uint depth,
-                       thread Block& block) {
-        const uint words = depth / kPerWord;
+    static void decode(thread const GemmArguments<W, T>& a, thread const WideCodes<Format>& codes, uint row,
+                       uint k0, uint depth, thread Block& block) {
+        const uint words = depth / kPerWord, stored = Memory::stored(depth);
         for (uint v = 0; v < kVectors; ++v) {
             typename W::Row rows[16];
             device const uint* from[16];
             for (uint r = 0; r < 16; ++r) {
                 const ulong n = min(row + 16 * v + r, a.N - 1);
                 rows[r] = a.row(n);
-                from[r] = a.codes + n * (a.K / kPerWord) + k0 / kPerWord;
+                from[r] = a.codes + n * Memory::stored(a.K) + Memory::stored(k0);
             }
             Groups g;
             uint group = ~0u;
             for (uint j0 = 0; j0 < words; j0 += 16) {
-                const uint count = min(16u, words - j0);
+                const uint count = min(16u, words - j0), first = Memory::stored(j0 * kPerWord);
                 WideBits q[16];
                 for (uint r = 0; r < 16; ++r) {
-                    q[r] = 0;
-                    if (count == 16)
-                        q[r] = wide_load<WideBits>(from[r] + j0);
-                    else
-                        __builtin_memcpy(&q[r], from[r] + j0, count * sizeof(uint));
+                    WideBits rest = 0;
+                    const void* codes_at = from[r] + first;
+                    if (count < 16) {
+                        __builtin_memcpy(&rest, codes_at, (stored - first) * sizeof(uint));
+                        codes_at = &rest;
+                    }
+                    q[r] = wide_words<Memory::kSize>(codes_at);
                 }
                 wide_transpose(q);
                 for (uint j = 0; j < count; ++j) {

@@ -6,15 +6,18 @@ template <typename Q, typename T, uint kTokens> using Gemv = SimdGemv<Q, T, kTok
 #if defined(__METAL_MARLIN_CPU__) && METAL_MARLIN_LANES == 1
 #include "core/cpu/dot.h"
 
-// One lane. A step takes 64 bytes of a row, see dot.h; x is brought into the order that this needs once for all rows of
+// One lane. A step takes 16 words of codes of a row, see dot.h; x is brought into the order that this needs once for all rows of
 // the threadgroup, and summed by group where weights have an offset. Scales of kRows rows are made floats before their
 // codes are read, many at once.
 template <typename Q, typename T, uint kTokens> struct WideGemv {
     typedef typename WideDotOf<typename Q::Format, T, Q::Format::kBits>::type Dot;
     typedef typename Dot::Stored Stored;
+    typedef CodeWords<typename Q::Format> Memory;
     enum : uint {
         kStep = Dot::kStep,
         kPerWord = Q::Format::kPerWord,
+        kBits = Q::Format::kBits,
+        kStepBytes = kStep * kBits / 8,
         kRows = kTokens == 1 ? 4 : 2, // together: they share what is read of x
         kBlock = 16384,               // of K, the part of x in reordered form
         kStored = (kBlock / kStep + 1) * Dot::kStored,
@@ -39,7 +42,7 @@ template <typename Q, typename T, uint kTokens> struct WideGemv {
         bool piece;
         uint first, groups; // groups that lie in it
         WideScales scales, last_scales;
-        WideBits kept; // bits of the last step's words
+        WideBits kept; // bits of the last step's words of memory
     };
 
     static void run(GemvArguments<Q, T> a, GemvPlace at, threadgroup Shared&) {
@@ -74,7 +77,8 @@ template <typename Q, typename T, uint kTokens> struct WideGemv {
             const uint i =
                 max(j * kPerWord, none) - none; // counted from where the last step's own part starts
             b.last_scales.which[j] = min(i, b.size - b.whole - 1) >> a.shift;
-            b.kept[j] = j * kPerWord < none ? 0 : ~0u;
+            const uint skipped = max(none * kBits, 32 * j) - 32 * j;
+            b.kept[j] = skipped < 32 ? ~0u << skipped : 0;
         }
         b.scales.one = b.last_scales.one = kStep >> a.shift <= 1;
         return b;
@@ -132,13 +136,14 @@ template <typename Q, typename T, uint kTokens> struct WideGemv {
     static void last(device const uint* thread const (&codes)[kRows], thread const Block& b,
                      thread WideStep<kRows>& step, thread WideBits (&part)[kRows]) {
         for (uint r = 0; r < kRows; ++r) {
+            const uint end = Memory::stored(b.size);
+            part[r] = 0;
             if (b.piece) {
-                part[r] = wide_load<WideBits>(codes[r] + b.size / kPerWord - kStep / kPerWord) & b.kept;
+                __builtin_memcpy(&part[r], codes[r] + end - kStepBytes / 4, kStepBytes);
+                part[r] &= b.kept;
             } else {
-                part[r] = 0;
-                for (uint j = b.whole / kPerWord; j < b.size / kPerWord; ++j) {
-                    part[r][j - b.whole / kPerWord] = codes[r][j];
-                }
+                const uint whole = Memory::stored(b.whole);
+                for (uint j = whole; j < end; ++j) part[r][j - whole] = codes[r][j];
             }
             step.codes[r] = &part[r];
         }
@@ -148,12 +153,13 @@ template <typename Q, typename T, uint kTokens> struct WideGemv {
     // there is one loop.
     static void rows(thread const GemvArguments<Q, T>& a, thread const Dot& dot, uint row, uint count,
                      thread const Block& b, thread Pass& pass) {
-        const uint words = a.K / kPerWord, width = b.size * 4 / kPerWord, together = kRows * words * 4;
+        const uint words = Memory::stored(a.K), width = Memory::stored(b.size) * 4,
+                   together = kRows * words * 4;
         // Rows to come are fetched in the order of memory, which the hardware takes further, where they are short enough to
         // stay in its nearest cache; longer ones each along itself, and behind their end the next ones.
         const bool near = together <= kNear && b.size == a.K;
         const uint ahead = min(uint(kAhead), width), next = max(1u, kRows * kAhead / together) * together;
-        const uint apart = near ? 64 : words * 4;
+        const uint apart = near ? uint(kStepBytes) : words * 4;
         for (uint r0 = 0; r0 < count; r0 += kRows) {
             device const uint* codes[kRows];
             WideStep<kRows> step;
@@ -161,21 +167,21 @@ template <typename Q, typename T, uint kTokens> struct WideGemv {
 #pragma unroll
             for (uint r = 0; r < kRows; ++r) {
                 const ulong n = row + min(r0 + r, count - 1);
-                codes[r] = a.codes + n * words + b.k / kPerWord;
+                codes[r] = a.codes + n * words + Memory::stored(b.k);
                 convert(a.row(n), b, pass.scales[r], pass.offsets[r]);
 #pragma unroll
                 for (uint m = 0; m < kTokens; ++m) total[r][m] = 0;
             }
             for (uint k = 0; k < b.size; k += kStep) { // one loop, so that a step is compiled once
-                const uint then = k * 4 / kPerWord + ahead;
+                const uint then = k / kStep * kStepBytes + ahead;
                 device const char* fetch =
-                    (device const char*)codes[0] + (near           ? next + k / kStep * kRows * 64
+                    (device const char*)codes[0] + (near           ? next + k / kStep * kRows * kStepBytes
                                                     : then < width ? then
                                                                    : then - width + next);
                 WideBits part[kRows];
 #pragma unroll
                 for (uint r = 0; r < kRows; ++r) {
-                    step.codes[r] = codes[r] + k / kPerWord;
+                    step.codes[r] = codes[r] + k / kStep * (kStepBytes / 4);
                     step.scales[r] = pass.scales[r] + (((b.k + k) >> a.shift) - b.first);
                     __builtin_prefetch(fetch + r * apart);
                 }

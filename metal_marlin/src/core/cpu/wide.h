@@ -5,6 +5,7 @@
 typedef float Wide __attribute__((ext_vector_type(16)));
 typedef uint WideBits __attribute__((ext_vector_type(16)));
 typedef float HalfWide __attribute__((ext_vector_type(8)));
+typedef uint HalfWideBits __attribute__((ext_vector_type(8)));
 
 template <typename V> static inline V wide_load(const void* from) {
     V v;
@@ -43,6 +44,24 @@ static inline Wide wide_lookup(Wide table, WideBits index) {
     for (int i = 0; i < 16; ++i) out[i] = table[index[i] & 15];
     return out;
 #endif
+}
+
+// 16 words of codes in the order of memory (formats/code_words.h): of kSize bits each, others above them.
+template <uint kSize> static inline WideBits wide_words(const void* from) {
+    typedef uchar Bytes __attribute__((ext_vector_type(64)));
+    typedef ushort Shorts __attribute__((ext_vector_type(16)));
+    if (kSize == 32) return wide_load<WideBits>(from);
+    if (kSize == 16) return __builtin_convertvector(wide_load<Shorts>(from), WideBits);
+    WideBits q = 0;
+    __builtin_memcpy(&q, from, 48);
+    // four words of memory, of which the first three are needed, then the bytes of each word of codes
+    q = __builtin_shufflevector(q, q, 0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12);
+    const Bytes b = __builtin_bit_cast(Bytes, q);
+    return __builtin_bit_cast(
+        WideBits, __builtin_shufflevector(b, b, 0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12, 16, 17, 18,
+                                          19, 19, 20, 21, 22, 22, 23, 24, 25, 25, 26, 27, 28, 32, 33, 34, 35,
+                                          35, 36, 37, 38, 38, 39, 40, 41, 41, 42, 43, 44, 48, 49, 50, 51, 51,
+                                          52, 53, 54, 54, 55, 56, 57, 57, 58, 59, 60));
 }
 
 static inline float wide_sum(Wide v) {

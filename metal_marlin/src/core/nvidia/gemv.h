@@ -3,8 +3,9 @@
 #include "core/nvidia/operand.h"
 
 // Matrix-vector with the matrix instruction: a threadgroup takes 16 rows, its simdgroups take turns along K, four times
-// 16 bytes of each row a turn. A dot product does not care in which order k is visited, so the 16 bytes a lane reads of
-// a row are its operands of eight (of 8-bit codes four) m16n8k16 steps, and x is read in the same order. Lane = 4 * r +
+// four words of codes of each row a turn: of 16 bytes, of two- and three-bit codes 8 and 12. A dot product does not care
+// in which order k is visited, so what a lane reads of a row are its operands of eight (of 8-bit codes four) m16n8k16
+// steps, and x is read in the same order. Lane = 4 * r +
 // c reads weights kLane * c ... of rows r and r + 8, and x of token r. What hides the time of a read is other
 // simdgroups: at 64 registers two threadgroups of 512 share a multiprocessor, which was faster than fewer simdgroups
 // that read further ahead (H200: 12.1 us against 13 to 17 for 4096 x 14336 in fp4).
@@ -12,6 +13,7 @@ template <typename Q, typename T, uint kTokens> struct MmaGemv {
     typedef typename Q::Format Format;
     typedef typename Q::S S;
     typedef MmaDecode<Format, T> Decode;
+    typedef CodeWords<Format> Memory;
     typedef MmaPair<T> Pair;
     typedef GemvArguments<Q, T> Arguments;
     enum : uint {
@@ -20,6 +22,7 @@ template <typename Q, typename T, uint kTokens> struct MmaGemv {
         kMaxSimdgroups = 16,
         kPerWord = Format::kPerWord,
         kLane = 4 * kPerWord,
+        kLoads = Memory::kSize / 8, // words of memory a lane reads
         kStep = 4 * kLane,
         kXs = kLane / 8,
         kRuns = kLane / 16, // no scale changes within
@@ -37,7 +40,7 @@ template <typename Q, typename T, uint kTokens> struct MmaGemv {
         bool reads_x;
     };
     struct Codes {
-        uint4 row[2];
+        uint row[2][kLoads];
     };
     struct Near { // the same for several threadgroups or turns, so in a cache
         uint4 x[kXs];
@@ -45,12 +48,21 @@ template <typename Q, typename T, uint kTokens> struct MmaGemv {
         float offsets[2][kMiddles];
     };
 
-    static uint4 stream(device const uint* from) {
-        uint v[4];
+    static void stream(device const uint* from, thread uint (&v)[4]) {
         __asm__("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                 : "l"(from));
-        return uint4(v[0], v[1], v[2], v[3]);
+    }
+    static void stream(device const uint* from, thread uint (&v)[2]) {
+        __asm__("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];"
+                : "=r"(v[0]), "=r"(v[1])
+                : "l"(from));
+    }
+    static void stream(device const uint* from,
+                       thread uint (&v)[3]) { // parts of the same lines, which L1 keeps
+        for (uint j = 0; j < 3; ++j) {
+            __asm__("ld.global.nc.L1::evict_first.L2::128B.u32 %0, [%1];" : "=r"(v[j]) : "l"(from + j));
+        }
     }
 
     static void fetch(device const uint* from) { __asm__ volatile("prefetch.global.L2 [%0];" : : "l"(from)); }
@@ -61,12 +73,13 @@ template <typename Q, typename T, uint kTokens> struct MmaGemv {
     template <bool kAligned> static Codes codes(thread const Arguments& a, thread const Lane& lane, uint k) {
         Codes q;
         for (uint h = 0; h < 2; ++h) {
-            q.row[h] = 0;
+            const uint first = Memory::stored(k);
+            for (uint j = 0; j < kLoads; ++j) q.row[h][j] = 0;
             if (kAligned) {
-                if (k < a.K) q.row[h] = stream(lane.codes[h] + k / kPerWord);
+                if (k < a.K) stream(lane.codes[h] + first, q.row[h]);
             } else {
-                for (uint j = 0; j < 4; ++j) {
-                    if (k + kPerWord * j < a.K) q.row[h][j] = lane.codes[h][k / kPerWord + j];
+                for (uint j = 0; j < kLoads; ++j) {
+                    if (first + j < Memory::stored(a.K)) q.row[h][j] = lane.codes[h][first + j];
                 }
             }
         }
@@ -167,7 +180,7 @@ template <typename Q, typename T, uint kTokens> struct MmaGemv {
             uint w[2][kPerWord / 2];
 #pragma unroll
             for (uint h = 0; h < 2; ++h) {
-                Decode::pairs(q.row[h][j], w[h]);
+                Decode::pairs(Memory::of(q.row[h], j), w[h]);
                 if (kFine) {
                     const uint run = j * kRuns / 4;
 #pragma unroll
@@ -206,7 +219,7 @@ template <typename Q, typename T, uint kTokens> struct MmaGemv {
             if (!kFine) {
                 next = codes<kAligned>(a, lane, k + stride);
             } else if (k + stride < a.K) { // registers are short: only to the second-level cache
-                for (uint h = 0; h < 2; ++h) fetch(lane.codes[h] + (k + stride) / kPerWord);
+                for (uint h = 0; h < 2; ++h) fetch(lane.codes[h] + Memory::stored(k + stride));
             }
             multiply<kFine>(now, n, total);
             k += stride;
@@ -215,7 +228,7 @@ template <typename Q, typename T, uint kTokens> struct MmaGemv {
 
     static void run(Arguments a, GemvPlace at, threadgroup Shared& sh) {
         const uint first = at.tgid.x * kRows, token = at.tgid.y * kTokens;
-        const uint r = at.lane / 4, c = at.lane % 4, words = a.K / kPerWord;
+        const uint r = at.lane / 4, c = at.lane % 4, words = Memory::stored(a.K);
         const uint tokens = min(uint(kTokens), a.M - token);
         Lane lane;
         for (uint h = 0; h < 2; ++h) {

@@ -1,9 +1,10 @@
 #pragma once
 // Codes as operands of the matrix instruction, for half and bfloat. MmaDecode<Format, T>::pairs gives the values of a
-// word in pairs, codes i and i + kPerWord / 2, less the middle of unsigned codes and times 1 / kUnit; plain() takes that
-// factor out. All of it is exact.
+// word of codes in pairs, i and i + kPerWord / 2, less the middle of unsigned codes and times 1 / kUnit; plain() takes
+// that factor out. All of it is exact but for NF3, whose values half and bfloat do not have.
 #ifdef __METAL_MARLIN_CUDA__
-
+struct INT2;
+struct INT3;
 struct INT4;
 struct UINT4;
 struct INT8;
@@ -15,6 +16,7 @@ struct FP8E5M2;
 template <typename T> struct MmaPair;
 
 template <> struct MmaPair<half> {
+    enum : uint { kMantissa = 10, kBias = 15 };
     static uint times(uint a, uint b) {
         uint d;
         __asm__("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
@@ -44,6 +46,7 @@ template <> struct MmaPair<half> {
 };
 
 template <> struct MmaPair<bfloat> { // sm_80 has fma only
+    enum : uint { kMantissa = 7, kBias = 127 };
     static uint times(uint a, uint b) { return fma(a, b, 0x80008000u); }
     static uint fma(uint a, uint b, uint c) {
         uint d;
@@ -109,6 +112,57 @@ template <> struct MmaDecode<INT4, bfloat> : MmaPlain {
 };
 template <> struct MmaDecode<UINT4, half> : MmaDecode<INT4, half> {};
 template <> struct MmaDecode<UINT4, bfloat> : MmaDecode<INT4, bfloat> {};
+
+// Eight codes q of two or three bits as 2 * q - kTwice. Those of a pair are brought to the same bits of both halves, as
+// many next to one another as a mantissa holds. There, bits from kAt on are 2^kMantissa + q * 2^kAt with an exponent
+// above them, and one multiply-add takes all but 2 * q away. The lowest bit of a mantissa is left alone: 2^kMantissa +
+// kTwice / 2 would not be a number.
+template <typename T, uint kBits, uint kTwice> struct MmaFields {
+    typedef MmaPair<T> Pair;
+    enum : uint { kMantissa = Pair::kMantissa, kBias = Pair::kBias, kTogether = (kMantissa - 1) / kBits };
+    static constexpr float kUnit = 0.5f;
+
+    static constexpr uint both(uint bits) { return bits << 16 | bits; }
+    template <uint i> static uint field(uint halves) {
+        constexpr uint kAt = 1 + i % kTogether * kBits, mask = ((1u << kBits) - 1) << kAt;
+        const uint bits = halves >> (i / kTogether * kTogether * kBits);
+        return Pair::fma((bits & both(mask)) | both((kBias + kMantissa) << kMantissa),
+                         both((kBias + 1 - kAt) << kMantissa),
+                         both(0x8000u | (kBias + kMantissa + 1 - kAt) << kMantissa | kTwice << (kAt - 1)));
+    }
+    static void pairs(uint word, thread uint (&w)[4]) {
+        const uint halves = mma_permute(word << 1, word << (17 - 4 * kBits), 0x7610);
+        w[0] = field<0>(halves), w[1] = field<1>(halves), w[2] = field<2>(halves), w[3] = field<3>(halves);
+    }
+    static uint plain(uint pair) { return Pair::times(pair, both((kBias - 1) << kMantissa)); }
+};
+template <> struct MmaDecode<INT2, half> : MmaFields<half, 2, 3> {};
+template <> struct MmaDecode<INT2, bfloat> : MmaFields<bfloat, 2, 3> {};
+template <> struct MmaDecode<INT3, half> : MmaFields<half, 3, 7> {};
+template <> struct MmaDecode<INT3, bfloat> : MmaFields<bfloat, 3, 7> {};
+
+// NF3, whose values are rounded to T: an instruction looks four codes up in eight bytes, of which two registers hold the
+// lower ones of the values and two the upper ones.
+template <typename T> struct MmaNormal : MmaPlain {
+    static uint bytes(uint first, uint shift) {
+        uint found = 0;
+#pragma unroll
+        for (uint i = 0; i < 4; ++i) {
+            found |= (uint(as_type<ushort>(T(NF3::value(first + i)))) >> shift & 0xffu) << (8 * i);
+        }
+        return found;
+    }
+    static void two(uint word, thread uint& a, thread uint& b) { // codes 0, 4, 1 and 5, a digit each
+        const uint digits =
+            (word & 0x7u) | (word >> 8 & 0x70u) | (word << 5 & 0x700u) | (word >> 3 & 0x7000u);
+        const uint low = mma_permute(bytes(0, 0), bytes(4, 0), digits);
+        const uint high = mma_permute(bytes(0, 8), bytes(4, 8), digits);
+        a = mma_permute(low, high, 0x5140), b = mma_permute(low, high, 0x7362);
+    }
+    static void pairs(uint word, thread uint (&w)[4]) { two(word, w[0], w[1]), two(word >> 6, w[2], w[3]); }
+};
+template <> struct MmaDecode<NF3, half> : MmaNormal<half> {};
+template <> struct MmaDecode<NF3, bfloat> : MmaNormal<bfloat> {};
 
 // 1024 + u with u = q + 128 of a signed byte.
 template <uint kFlip> struct MmaBytes : MmaPlain {
