@@ -30,8 +30,9 @@ from common import (
 from peers import has_int4pack, int4pack
 
 from metal_marlin.formats import CODECS, codec
+from metal_marlin.ops.gemm_tiles import TILES, has_tiles
 from metal_marlin.ops.linear import linear
-from metal_marlin.ops.marlin_gemm import CASES, TILES, Case, has_tiles
+from metal_marlin.ops.marlin_gemm import CASES, Case
 
 DTYPES = {"half": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 LIMITS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}

@@ -285,7 +285,9 @@ def _portable(ptx: str, arch: str) -> str:
 
 
 def _bound_threads(ptx: str, limit: int | None) -> str:
-    """State the entry's `max_total_threads_per_threadgroup`; clang drops launch bounds outside CUDA."""
-    if limit is None:
-        return ptx
-    return re.sub(r"(\.entry mm_entry\([^)]*\))", rf"\1\n.maxntid {limit}, 1, 1", ptx, count=1)
+    """State the entry's `max_total_threads_per_threadgroup`, and the threadgroups along z of a cluster, which a comment
+    of the kernel's says (src/core/nvidia/barrier.h); clang drops launch bounds outside CUDA."""
+    cluster = re.search(r"^\s*// threadgroups of a cluster: (\d+)$", ptx, flags=re.M)
+    bounds = f"\n.maxntid {limit}, 1, 1" if limit is not None else ""
+    bounds += f"\n.reqnctapercluster 1, 1, {cluster[1]}" if cluster else ""
+    return re.sub(r"(\.entry mm_entry\([^)]*\))", rf"\1{bounds}", ptx, count=1)

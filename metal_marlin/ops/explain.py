@@ -60,7 +60,7 @@ def explain(
         decode = linear_decode.plan(M, N, K, number, scales, kind, pool, kernel, format, zeros)
         return [Step(op, decode.kernel, decode.threadgroups, decode.threads, why)]
     if op == "marlin_gemm":
-        gemm = marlin_gemm.plan(M, N, number, scales, kind, format, zeros, pool, kernel, hopper, K % 32 == 0)
+        gemm = marlin_gemm.plan(M, N, K, number, scales, kind, format, zeros, pool, kernel, hopper, K % 32 == 0)
         return [Step(op, gemm.kernel, gemm.threadgroups, gemm.threads, why)]
     decoded = dequantize.plan(N, K, number, scales, kind, pool, None, format, zeros)
     return [

@@ -12,6 +12,7 @@ from metal_marlin.ops import linear_decode as _decode
 from metal_marlin.ops import marlin_gemm as _gemm
 from metal_marlin.ops import tuned
 from metal_marlin.ops.dequantize import dequantize
+from metal_marlin.ops.gemm_tiles import has_tiles
 from metal_marlin.ops.product import check, product_ref, register
 from metal_marlin.ops.weights import KEYS, on_16_bytes, plan_kind
 
@@ -47,7 +48,7 @@ def plan(
         return op_of(kernel)
     if device != "cuda" or dtype == torch.float32:
         return "linear_decode" if FEW_TOKENS.get(device, 8) >= M else "marlin_gemm"
-    tiles = K % 32 == 0 and _gemm.has_tiles(dtype, scale_dtype, format)
+    tiles = K % 32 == 0 and has_tiles(dtype, scale_dtype, format)
     few = _LIBRARY_PLAIN - 1 if not tiles else 8 if N < _ROWS_TO_SHARE else 1
     if few >= M:
         return "linear_decode"

@@ -9,12 +9,14 @@ import torch
 
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import CANONICAL, codec
+from metal_marlin.ops.gemm_tiles import TILES, fastest, has_tiles
 from metal_marlin.ops.linear_decode_cases import Case, row_case
 from metal_marlin.ops.product import check, product_ref, register
 from metal_marlin.ops.selfcheck import product_check
 from metal_marlin.ops.spec import OpSpec
 from metal_marlin.ops.weights import KEYS, library, on_16_bytes, plan_kind, row_name
 from metal_marlin.runtime.dispatch import dispatch_kernel
+from metal_marlin.runtime.tensor_map import NONE, tensor_map
 
 __all__ = ["CASES", "FAMILY", "OP", "Case", "Plan", "marlin_gemm", "marlin_gemm_ref", "plan"]
 
@@ -25,33 +27,6 @@ _THREADS = 128
 _TOKENS = 256  # most tokens of a threadgroup on the cpu; src/core/cpu/gemm.h
 
 
-@dataclass(frozen=True)
-class Tile:
-    """A tile of its own for NVIDIA GPUs: rows of W and tokens of a threadgroup, its threads, whether it needs compute
-    capability 9.0 (core/nvidia/gemm_wgmma.h) or not (gemm_few.h), and how long K = 4096 takes it on an H200, in tenths
-    of a microsecond (0: chosen by tokens and rows alone)."""
-
-    rows: int
-    tokens: int
-    threads: int
-    hopper: bool
-    time: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.rows}x{self.tokens}"
-
-
-_TILES = (
-    *(Tile(rows, 8, threads, False) for rows, threads in ((16, 512), (32, 512), (64, 256), (112, 256))),
-    *(Tile(rows, 16, threads, False) for rows, threads in ((16, 512), (32, 512), (64, 256), (112, 256))),
-    *(Tile(rows, 32, 256, False) for rows in (16, 32)),
-    Tile(64, 64, 256, True, 210),
-    Tile(128, 128, 256, True, 395),
-    Tile(128, 256, 256, True, 570),
-)
-TILES = {str(tile): tile for tile in _TILES}
-_FEW = 32  # tokens that the tiles without a time are for
-TILE_FORMATS = ("fp4", "int4", "int8")
 # fp4 rows with a tile of their own on every device, half and bfloat16: file, rows of W and tokens of a threadgroup.
 _SIZES = "32x32x32 64x32x32 32x64x32 64x64x16 64x64x32 64x64x64 128x64x32 64x128x32 128x128x16"
 NAMED = {
@@ -64,8 +39,6 @@ NAMED = {
         for name, tokens in (("", 32), ("_fp32acc", 32), ("_decode", 16), ("_large_m", 128))
     },
 }
-_MULTIPROCESSORS = 132
-
 _DTYPES = tuple(KEYS)
 _OTHERS = (
     ("mxfp4", "none", 32),
@@ -102,24 +75,21 @@ class Plan:
     """How a call runs: row, grid, rows of W and tokens a threadgroup, simdgroup width, file of the row, layout of W."""
 
     kernel: str
-    threadgroups: tuple[int, int]
+    threadgroups: tuple[int, ...]
     threads: int
     rows: int
     tokens: int
     lanes: int
     file: str = FAMILY
+    tile: str = ""
     layout: str = CANONICAL
-
-
-def has_tiles(dtype: torch.dtype, scale_dtype: torch.dtype, format: str) -> bool:
-    """Whether there are tiles of ``TILES`` for these."""
-    return format in TILE_FORMATS and dtype == scale_dtype != torch.float32
 
 
 @functools.lru_cache(maxsize=4096)
 def plan(
     M: int,
     N: int,
+    K: int,
     dtype: torch.dtype,
     scale_dtype: torch.dtype,
     device: str,
@@ -147,43 +117,28 @@ def plan(
     if tile and (base != known[0] or tile not in tiles):
         raise ArgumentError(f"marlin_gemm: kernel is {kernel!r}; tiles of {known[0]} are {', '.join(tiles) or 'none'}")
     if kernel is None and tiles and device == "cuda" and aligned:
-        tile = _tile(M, N, hopper)
+        tile = fastest(M, N, K, hopper)
     row = row_name("marlin_gemm", base, known, dtype, scale_dtype, format, zeros, tile)
     if tile and device == "cuda":
         t = TILES[tile]
         if not aligned or (t.hopper and not hopper):
             need = "K % 32 = 0, x and codes at multiples of 16 bytes" if not aligned else "compute capability 9.0"
             raise ArgumentError(f"marlin_gemm: kernel {row!r} needs {need}")
-        return Plan(row, (-(-N // t.rows), -(-M // t.tokens)), t.threads, t.rows, t.tokens, lanes=32)
-    return _plain(row, M, N, device, pool, _TILE, _TILE, FAMILY)
+        grid = (-(-N // t.rows), -(-M // t.tokens), t.parts)
+        return Plan(row, grid, t.threads, t.rows, t.tokens, 32, FAMILY, tile)
+    return _plain(row, M, N, device, pool, _TILE, _TILE, FAMILY, tile)
 
 
-def _plain(row: str, M: int, N: int, device: str, pool: int, rows: int, tokens: int, file: str) -> Plan:
+def _plain(row: str, M: int, N: int, device: str, pool: int, rows: int, tokens: int, file: str, tile: str = "") -> Plan:
     """A grid of tiles; on the cpu rows and tokens are what suits its threads."""
     if device != "cpu":
-        return Plan(row, (-(-N // rows), -(-M // tokens)), _THREADS, rows, tokens, 32, file)
+        return Plan(row, (-(-N // rows), -(-M // tokens)), _THREADS, rows, tokens, 32, file, tile)
     across = -(-N // _TILE)
     blocks = -(-M // _TOKENS)  # each decodes W again: more of them only where threads would have nothing to do
     while across * blocks < 3 * pool and 48 * blocks < M:
         blocks += 1
     tokens = -(-M // blocks)
-    return Plan(row, (across, -(-M // tokens)), 1, _TILE, tokens, 1, file)
-
-
-def _tile(M: int, N: int, hopper: bool) -> str:
-    """The tile of least time: for few tokens one whose threadgroups the multiprocessors take at once and are as many as
-    can be, else by how often the multiprocessors have to take one. "": none suits."""
-    if M <= _FEW:
-        every = [tile for tile in _TILES if tile.time == 0]
-        most = max(tile.rows for tile in every)
-        few = [tile for tile in every if -(-N // tile.rows) <= _MULTIPROCESSORS or tile.rows == most]
-        return str(min(few, key=lambda tile: (-(-M // tile.tokens), tile.tokens, tile.rows)))
-
-    def cost(tile: Tile) -> int:
-        blocks = -(-N // tile.rows) * -(-M // tile.tokens)
-        return -(-blocks // _MULTIPROCESSORS) * tile.time
-
-    return str(min((tile for tile in _TILES if tile.time), key=cost)) if hopper else ""
+    return Plan(row, (across, -(-M // tokens)), 1, _TILE, tokens, 1, file, tile)
 
 
 @functools.lru_cache(maxsize=64)
@@ -238,7 +193,7 @@ def _run(
     pool = torch.get_num_threads() if kind == "cpu" else 1
     hopper = kind == "cuda" and is_hopper(x.device.index)
     aligned = K % 32 == 0 and on_16_bytes(x, codes)
-    p = plan(max(M, 1), N, x.dtype, scales.dtype, kind, format, zeros, pool, kernel, hopper, aligned)
+    p = plan(max(M, 1), N, K, x.dtype, scales.dtype, kind, format, zeros, pool, kernel, hopper, aligned)
     if M == 0 or N == 0:
         return
     shape = {"M": M, "N": N, "K": K, "group": group_size, "rows": p.rows, "tokens": p.tokens, "aligned": int(aligned)}
@@ -247,8 +202,16 @@ def _run(
         p.kernel,
         threadgroups=p.threadgroups,
         threads_per_threadgroup=p.threads,
-        args=(x, codes, scales, scales if extra is None else extra, out, shape),
+        args=(x, codes, scales, scales if extra is None else extra, out, shape, *_map(x, M, K, p)),
     )
+
+
+def _map(x: torch.Tensor, M: int, K: int, p: Plan) -> tuple[bytes, ...]:
+    """What rows for many tokens take besides."""
+    tile = TILES.get(p.tile)
+    if tile is None or not tile.wgmma:
+        return ()
+    return (tensor_map(x.data_ptr(), M, K, tile.tokens) if x.is_cuda else NONE,)
 
 
 _new = register("marlin_gemm", _run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from metal_marlin.formats import codec
 from metal_marlin.ops import linear as _linear
 from metal_marlin.ops import marlin_gemm as _gemm
 from metal_marlin.ops import tuned
+from metal_marlin.ops.gemm_tiles import TILES, has_tiles
 from metal_marlin.ops.product import product_ref
 from metal_marlin.ops.tuned import LIBRARY, Problem, Table
 from metal_marlin.ops.weights import random_weights
@@ -51,8 +53,9 @@ def candidates(problem: Problem, M: int, kind: str, hopper: bool) -> list[str]:
     planned = _linear.plan(M, p.N, p.K, p.dtype, p.scale_dtype, kind, p.format, None, hopper)
     tile = ""
     if planned == "marlin_gemm":
-        row = _gemm.plan(M, p.N, p.dtype, p.scale_dtype, kind, p.format, p.zeros, 1, None, hopper, p.K % 32 == 0).kernel
-        tile = row.rpartition("_m")[2] if row.rpartition("_m")[2] in _gemm.TILES else ""
+        aligned = p.K % 32 == 0
+        plan = functools.partial(_gemm.plan, hopper=hopper, aligned=aligned)
+        tile = plan(M, p.N, p.K, p.dtype, p.scale_dtype, kind, p.format, p.zeros).tile
     decode = f"decode_gemv_{p.format}{'' if M == 1 else '_batched'}"
     first = {"linear_decode": decode, "marlin_gemm": f"{name}__m{tile}" if tile else name}.get(planned, LIBRARY)
     found = [first, name, *([decode] if M <= _FEW else [])]
@@ -61,8 +64,8 @@ def candidates(problem: Problem, M: int, kind: str, hopper: bool) -> list[str]:
             found += [f"{name}{variant}" for variant in ("_single_stage", "_3stage")]
         if p.format == "fp4" and p.dtype == p.scale_dtype != torch.float32:
             found += [kernel for kernel in _gemm.NAMED if not kernel.endswith("_fp32acc")]
-    if kind == "cuda" and p.K % 32 == 0 and _gemm.has_tiles(p.dtype, p.scale_dtype, p.format):
-        tiles = [t for t in _gemm.TILES.values() if t.tokens <= 4 * M and 8 * t.tokens >= M and hopper >= t.hopper]
+    if kind == "cuda" and p.K % 32 == 0 and has_tiles(p.dtype, p.scale_dtype, p.format):
+        tiles = [t for t in TILES.values() if t.tokens <= 4 * M and 8 * t.tokens >= M and hopper >= t.hopper]
         found += [f"{name}__m{t}" for t in tiles]
     if kind == "cuda" and M > _FEW // 4:
         found.append(LIBRARY)

@@ -53,12 +53,18 @@ ROWS("marlin_gemm_int2", Int2, DoubleStage, "", "")
 ROWS("marlin_gemm_int3", Int3, DoubleStage, "", "")
 ROWS("marlin_gemm_nf3", Nf3, DoubleStage, "", "")
 
-// Tiles with asynchronous copies; m: rows of W and tokens of a threadgroup.
+// Tiles with asynchronous copies; m: rows of W and tokens of a threadgroup, and how many of them share K (ops/gemm_tiles.py).
 #define FEW(name, rows, tokens, threads, W, T)                                                               \
     INSTANTIATE(name "m" #rows "x" #tokens,                                                                  \
                 marlin_gemm_##threads<W, T, FewTokens<rows, tokens, threads / 32, 8>>)
+#define FEW_SPLIT(name, rows, tokens, threads, parts, W, T)                                                  \
+    INSTANTIATE(name "m" #rows "x" #tokens "x" #parts,                                                       \
+                marlin_gemm_##threads<W, T, FewTokens<rows, tokens, threads / 32, 8, parts>>)
 #define MANY(name, rows, tokens, depth, W, T)                                                                \
-    INSTANTIATE(name "m" #rows "x" #tokens, marlin_gemm_256<W, T, ManyTokens<rows, tokens, depth>>)
+    INSTANTIATE(name "m" #rows "x" #tokens, marlin_gemm_map<W, T, ManyTokens<rows, tokens, depth>>)
+#define MANY_SPLIT(name, rows, tokens, depth, parts, W, T)                                                   \
+    INSTANTIATE(name "m" #rows "x" #tokens "x" #parts,                                                       \
+                marlin_gemm_map<W, T, ManyTokens<rows, tokens, depth, parts>>)
 #define TILES(name, W, T)                                                                                    \
     FEW(name, 16, 8, 512, W, T)                                                                              \
     FEW(name, 32, 8, 512, W, T)                                                                              \
@@ -68,14 +74,22 @@ ROWS("marlin_gemm_nf3", Nf3, DoubleStage, "", "")
     FEW(name, 32, 16, 512, W, T)                                                                             \
     FEW(name, 64, 16, 256, W, T)                                                                             \
     FEW(name, 112, 16, 256, W, T)                                                                            \
-    FEW(name, 16, 32, 256, W, T)                                                                             \
     FEW(name, 32, 32, 256, W, T)                                                                             \
-    MANY(name, 64, 64, 5, W, T)                                                                              \
+    FEW_SPLIT(name, 64, 32, 256, 2, W, T)                                                                    \
+    MANY(name, 64, 32, 8, W, T)                                                                              \
+    MANY(name, 64, 64, 8, W, T)                                                                              \
+    MANY_SPLIT(name, 64, 64, 8, 2, W, T)                                                                     \
+    MANY(name, 64, 128, 8, W, T)                                                                             \
+    MANY_SPLIT(name, 64, 128, 8, 2, W, T)                                                                    \
+    MANY(name, 64, 256, 6, W, T)                                                                             \
     MANY(name, 128, 128, 6, W, T)                                                                            \
     MANY(name, 128, 256, 5, W, T)
 #define ROWS_TILES(name, W, z)                                                                               \
     TILES(name "__" z, W<half>, half)                                                                        \
     TILES(name "__tbf16_" z, W<bfloat>, bfloat)
+#define ROWS_TILES_OWN(name, W)                                                                              \
+    TILES(name "__", W, half)                                                                                \
+    TILES(name "__tbf16_", W, bfloat)
 
 ROWS_TILES("marlin_gemm_fp4", Fp4, "")
 ROWS_TILES("marlin_gemm_int4", Int4, "")
@@ -83,3 +97,10 @@ ROWS_TILES("marlin_gemm_int4", Int4Point, "zpoint_")
 ROWS_TILES("marlin_gemm_int4", Int4Packed, "zpacked_")
 ROWS_TILES("marlin_gemm_int4", Int4Bias, "zbias_")
 ROWS_TILES("marlin_gemm_int8", Int8, "")
+ROWS_TILES("marlin_gemm_uint8", Uint8Point, "zpoint_")
+ROWS_TILES("marlin_gemm_uint8", Uint8Packed, "zpacked_")
+ROWS_TILES("marlin_gemm_uint8", Uint8Bias, "zbias_")
+ROWS_TILES("marlin_gemm_fp8_e4m3", Fp8E4M3, "")
+ROWS_TILES("marlin_gemm_fp8_e5m2", Fp8E5M2, "")
+ROWS_TILES_OWN("marlin_gemm_mxfp4", Mxfp4)
+ROWS_TILES_OWN("marlin_gemm_nvfp4", Nvfp4)

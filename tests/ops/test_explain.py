@@ -39,7 +39,7 @@ def test_of_other_devices() -> None:
 
     assert of(1, 4096, 4096, "cuda:sm_90a") == ["decode_gemv_fp4"]
     assert of(16, 14336, 4096, "cuda:sm_80") == ["marlin_gemm_fp4__m112x16"]
-    assert of(500, 4096, 4096, "cuda:sm_90a", dtype="bf16") == ["marlin_gemm_fp4__tbf16_m128x128"]
+    assert of(500, 4096, 4096, "cuda:sm_90a", dtype="bf16") == ["marlin_gemm_fp4__tbf16_m64x256"]
     assert of(500, 4096, 4096, "cuda:sm_80") == ["dequant_fp4_bulk", "the library's"]
     assert of(500, 4096, 4096, "metal", format="uint8") == ["marlin_gemm_uint8__zpacked"]
 
@@ -66,6 +66,6 @@ def test_command() -> None:
 
     found = json.loads(call("64", "4096", "4096", "--device", "cuda:sm_90a", "--format", "int4:point", "--json"))
     assert [(s["op"], s["kernel"], s["threadgroups"], s["threads"]) for s in found] == [
-        ("marlin_gemm", "marlin_gemm_int4__zpoint_m64x64", [64, 1], 256)
+        ("marlin_gemm", "marlin_gemm_int4__zpoint_m64x64x2", [64, 1, 2], 256)
     ]
     assert call("1", "64", "64", "--device", "cpu").startswith("linear_decode\tdecode_gemv_fp4\t")

@@ -95,7 +95,7 @@ def test_plan_on_nvidia_gpus() -> None:
     assert op_for(9) == op_for(2, N=14336) == op_for(2047) == "marlin_gemm"
     assert op_for(2048) == "dequantize"
     # no tiles: another format, scales of another dtype, K that is no multiple of 32, another GPU for many tokens
-    for options in ({"format": "mxfp4"}, {"scale_dtype": torch.float32}, {"K": 4104}):
+    for options in ({"format": "int3"}, {"scale_dtype": torch.float32}, {"K": 4104}):
         assert op_for(32, **options) == "linear_decode"
         assert op_for(33, **options) == "dequantize"
     assert op_for(32, hopper=False) == "marlin_gemm"

@@ -14,13 +14,12 @@ from metal_marlin import MetalKernelLibrary, dispatch_kernel
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec
 from metal_marlin.msl.target import Target
+from metal_marlin.ops import gemm_tiles as tiles
 from metal_marlin.ops.marlin_gemm import (
     CASES,
     FAMILY,
     NAMED,
     OP,
-    TILE_FORMATS,
-    TILES,
     VARIANTS,
     Case,
     Plan,
@@ -105,9 +104,11 @@ def check(y: torch.Tensor, case: Case, tensors: Tensors) -> None:
     unit, size = ROUNDING[case.dtype], 2 * x.cpu().double().abs() @ W.abs().T
     if case.dtype != torch.float32:
         size = exact
-    ours, theirs = ((t.cpu().double() - exact).norm(dim=-1) for t in (y, composed))
+    # the error of a token with few outputs is chance: there those of all tokens are taken together
+    over = -1 if y.shape[1] >= 8 else (0, 1)
+    ours, theirs = ((t.cpu().double() - exact).norm(dim=over) for t in (y, composed))
     assert y.dtype == x.dtype
-    assert (ours <= 2 * theirs + unit * size.norm(dim=-1)).all(), (ours, theirs)
+    assert (ours <= 2 * theirs + unit * size.norm(dim=over)).all(), (ours, theirs)
     worst = (composed.cpu().double() - exact).abs().max()
     assert (y.cpu().double() - exact).abs().max() <= 8 * worst + unit * size.abs().max()
 
@@ -156,14 +157,15 @@ def test_every_row(case: Case, variant: str) -> None:
 def tile_cases() -> list[object]:
     """Every tile: tails of all three sizes, scales of every kind of group."""
     found: list[object] = []
-    for tile in TILES.values():
+    for tile in tiles.TILES.values():
         rows, m = tile.rows, tile.tokens
-        for name, zeros in [(f, z) for f, z in KINDS if f in TILE_FORMATS]:
+        for name, zeros in [(f, z) for f, z in KINDS if f in tiles.FORMATS]:
             for dtype in (torch.float16, torch.bfloat16):
                 shapes = [(m, rows, 512, 128), (m - 1, rows + 1, 96, 32), (2 * m + 1, 3 * rows - 7, 1184, 16)]
                 shapes += [(1, 4 * rows, 2048, 64), (min(m, 40), 8, 4128, 4128), (m // 2 + 1, 1, 32, 32)]
                 for M, N, K, group in shapes:
-                    case = Case(M, N, K, group, dtype, None, name, zeros)
+                    own = codec(name).groups[0] if codec(name).scale_kind != "float" else group
+                    case = Case(M, N, K, own, dtype, None, name, zeros)
                     found.append(pytest.param(case, f"__m{tile}", id=f"{case}-m{tile}"))
     return found
 
@@ -183,21 +185,70 @@ def test_every_tile_on_a_gpu(case: Case, variant: str) -> None:
     assert torch.equal(out, first)
 
 
-def test_plans_on_hopper() -> None:
-    def of(M: int, N: int = 4096, **options: object) -> Plan:
-        return plan(M, N, torch.float16, torch.float16, "cuda", hopper=True, **options)  # type: ignore[arg-type]
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("group", [16, 128])
+@pytest.mark.parametrize("size", [6e-8, 3e-5, 1.0, 6e4])
+@pytest.mark.parametrize("tile", tiles.TILES)
+def test_sizes_of_scales_in_tiles(tile: str, size: float, group: int, dtype: torch.dtype) -> None:
+    """The smallest and the largest that half has, in every row beside groups a thousand times smaller."""
+    case = Case(tiles.TILES[tile].tokens, 130, 512, group, dtype)
+    x, codes, scales, _ = case.tensors("cuda")
+    scales = torch.full_like(scales, size)
+    scales[:, 1::2] /= 1024
+    x *= min(1 / size, 2.0**10) if size < 1 else 2.0**-10
+    exact = x.cpu().double() @ weights(case, codes, scales, None).T
+    y = call(case, (x, codes, scales, None), kernel=f"marlin_gemm_fp4__m{tile}").cpu()
+    inside = exact.abs() < torch.finfo(dtype).max
+    assert ((y.double() - exact)[inside].abs() <= 4 * ROUNDING[dtype] * exact.norm(dim=-1).max()).all()
+    assert y[~inside].isinf().all()
 
-    rows = {8: "32x8", 9: "32x16", 32: "32x32", 64: "64x64", 128: "64x64", 512: "128x128", 4096: "128x256"}
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("exponent", [1, 7, 127, 200, 254])
+@pytest.mark.parametrize("tile", tiles.TILES)
+def test_exponents_of_mxfp4_in_tiles(tile: str, exponent: int) -> None:
+    case = Case(3, 70, 256, 32, torch.bfloat16, format="mxfp4")
+    x, codes, scales, _ = case.tensors("cuda")
+    scales[:, 1], scales[:, ::2] = exponent, max(exponent - 30, 0)
+    x = x * (2.0**-20 if exponent > 200 else 1)
+    exact = x.cpu().double() @ weights(case, codes, scales, None).T
+    kernel = f"marlin_gemm_mxfp4__m{tile}"
+    y = call(case, (x, codes, scales, None), kernel=kernel).cpu()
+    assert (y.double() - exact).norm() <= 4 * ROUNDING[torch.bfloat16] * exact.norm() + 1e-37
+    scales[2, 1] = 255
+    again = call(case, (x, codes, scales, None), kernel=kernel)
+    assert again[:, 2].isnan().all()
+    assert torch.equal(again[:, 3:].cpu(), y[:, 3:])
+
+
+def test_tiles_are_chosen_by_their_times() -> None:
+    assert tiles.TILES["64x64"].time(64, 4096, 4096) == pytest.approx(3.7 + 64 * 0.245)
+    assert tiles.TILES["128x256"].time(1024, 14336, 4096) == pytest.approx(5.8 + 64 * 0.726 * 4)
+    assert tiles.fastest(33, 4096, 4096, hopper=False) == ""
+    small = [tiles.TILES[tiles.fastest(M, N, 4096, hopper=False)] for M in (1, 16, 32) for N in (64, 4096, 14336)]
+    assert not any(tile.hopper for tile in small)
+    for M in (1, 16, 64, 500, 5000):
+        best = tiles.TILES[tiles.fastest(M, 3000, 2048, hopper=True)].time(M, 3000, 2048)
+        assert best == min(tile.time(M, 3000, 2048) for tile in tiles.TILES.values())
+
+
+def test_plans_on_hopper() -> None:
+    def of(M: int, N: int = 4096, K: int = 4096, **options: object) -> Plan:
+        return plan(M, N, K, torch.float16, torch.float16, "cuda", hopper=True, **options)  # type: ignore[arg-type]
+
+    rows = {8: "32x8", 9: "32x16", 32: "64x16", 64: "64x64x2", 128: "64x128x2", 512: "64x256", 1024: "128x256"}
     assert {M: of(M).kernel for M in rows} == {M: f"marlin_gemm_fp4__m{tile}" for M, tile in rows.items()}
-    wide = {8: "112x8", 32: "112x16", 64: "128x128", 128: "128x128", 512: "128x256"}
+    wide = {8: "112x8", 16: "112x16", 32: "64x32", 64: "64x64", 128: "128x128", 512: "128x256"}
     assert {M: of(M, 14336).kernel for M in wide} == {M: f"marlin_gemm_fp4__m{tile}" for M, tile in wide.items()}
     assert of(1, 128256).kernel == "marlin_gemm_fp4__m112x8"
-    assert of(128).threadgroups == (64, 2)
+    assert of(128).threadgroups == (64, 1, 2)
+    assert of(32, K=14336).kernel == "marlin_gemm_fp4__m64x32x2"
     assert of(64, aligned=False).kernel == "marlin_gemm_fp4"
     with pytest.raises(ArgumentError, match="K % 32 = 0"):
         of(64, aligned=False, kernel="marlin_gemm_fp4__m32x16")
     with pytest.raises(ArgumentError, match=r"compute capability 9\.0"):
-        plan(64, 64, torch.float16, torch.float16, "cuda", kernel="marlin_gemm_fp4__m128x128")
+        plan(64, 64, 64, torch.float16, torch.float16, "cuda", kernel="marlin_gemm_fp4__m128x128")
     with pytest.raises(ArgumentError, match="tiles of marlin_gemm_fp4 are 16x8"):
         of(64, kernel="marlin_gemm_fp4__m7x7")
 
@@ -219,17 +270,17 @@ def test_every_named_tile(kernel: str, dtype: torch.dtype, device: str) -> None:
 
 def test_named_tiles_are_planned() -> None:
     half = torch.float16
-    p = plan(300, 200, half, half, "mps", kernel="marlin_gemm_fp4_128x64x32")
+    p = plan(300, 200, 64, half, half, "mps", kernel="marlin_gemm_fp4_128x64x32")
     assert (p.kernel, p.file, p.threadgroups) == ("marlin_gemm_fp4_128x64x32", "kernels_autotune.metal", (4, 3))
-    assert plan(300, 200, half, half, "cuda", kernel="gemm_fp4_optimized_decode").threadgroups == (4, 19)
+    assert plan(300, 200, 64, half, half, "cuda", kernel="gemm_fp4_optimized_decode").threadgroups == (4, 19)
     for options in (
         {"dtype": torch.float32, "scale_dtype": torch.float32},
         {"dtype": half, "scale_dtype": torch.bfloat16},
     ):
         with pytest.raises(ArgumentError, match="marlin_gemm_fp4_128x64x32"):
-            plan(3, 2, device="cpu", kernel="marlin_gemm_fp4_128x64x32", **options)  # type: ignore[arg-type]
+            plan(3, 2, 64, device="cpu", kernel="marlin_gemm_fp4_128x64x32", **options)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="marlin_gemm_fp4_128x64x32"):
-        plan(3, 2, half, half, "cpu", "int4", kernel="marlin_gemm_fp4_128x64x32")
+        plan(3, 2, 64, half, half, "cpu", "int4", kernel="marlin_gemm_fp4_128x64x32")
 
 
 @pytest.mark.cuda
@@ -241,18 +292,19 @@ def test_every_row_on_a_gpu(case: Case, variant: str) -> None:
 
 def test_rows_are_what_plans_name() -> None:
     names = {
-        plan(9, 64, d, s, "cpu", name, zeros, 1, f"marlin_gemm_{name}{variant}").kernel
+        plan(9, 64, 64, d, s, "cpu", name, zeros, 1, f"marlin_gemm_{name}{variant}").kernel
         for name, zeros in KINDS
         for variant in VARIANTS.get(name, ("",))
         for d in DTYPES
         for s in codec(name).scale_dtypes
     }
     names |= {
-        plan(9, 64, d, d, "cpu", name, zeros, 1, f"marlin_gemm_{name}__m{tile}").kernel
+        plan(9, 64, 64, d, s, "cpu", name, zeros, 1, f"marlin_gemm_{name}__m{tile}").kernel
         for name, zeros in KINDS
-        if name in TILE_FORMATS
-        for tile in TILES
-        for d in (torch.float16, torch.bfloat16)
+        for tile in tiles.TILES
+        for d in DTYPES
+        for s in codec(name).scale_dtypes
+        if tiles.has_tiles(d, s, name)
     }
     assert names == set(MetalKernelLibrary(FAMILY, device="cpu").kernels)
 
@@ -268,7 +320,7 @@ def dispatch(library: MetalKernelLibrary, case: Case, tensors: Tensors, p: Plan)
 
 
 def planned(case: Case, tensors: Tensors, kind: str) -> Plan:
-    return plan(case.M, case.N, case.dtype, tensors[2].dtype, kind, case.format, case.zeros)
+    return plan(case.M, case.N, case.K, case.dtype, tensors[2].dtype, kind, case.format, case.zeros)
 
 
 NEW = [c for c in SMALL if c.format in ("int2", "int3", "nf3")]
@@ -536,7 +588,7 @@ def test_in_a_cuda_graph() -> None:
 def test_plans_cover_every_output() -> None:
     for M, N, pool in [(1, 1, 1), (64, 64, 2), (65, 129, 2), (257, 64, 8), (5000, 4096, 64), (512, 576, 2)]:
         for kind in ("cpu", "cuda", "mps"):
-            p = plan(M, N, torch.float16, torch.float16, kind, pool=pool)
+            p = plan(M, N, 256, torch.float16, torch.float16, kind, pool=pool)
             assert p.threadgroups[0] * p.rows >= N > (p.threadgroups[0] - 1) * p.rows
             assert p.threadgroups[1] * p.tokens >= M > (p.threadgroups[1] - 1) * p.tokens
             assert p.tokens <= 256

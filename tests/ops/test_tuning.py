@@ -17,6 +17,7 @@ from metal_marlin.errors import MetalMarlinError
 from metal_marlin.formats import codec
 from metal_marlin.ops import tuned, tuning
 from metal_marlin.ops.explain import explain
+from metal_marlin.ops.gemm_tiles import fastest
 from metal_marlin.ops.linear import linear
 from metal_marlin.ops.marlin_gemm import Case
 from metal_marlin.ops.tuned import Problem, Table
@@ -189,7 +190,7 @@ def test_candidates() -> None:
     assert tuning.candidates(PROBLEM, 8, "cpu", False) == [DECODE, GEMM]
     assert tuning.candidates(PROBLEM, 128, "cpu", False) == [GEMM]
     found = tuning.candidates(PROBLEM, 64, "cuda", True)
-    assert found[0] == "marlin_gemm_fp4__m64x64"
+    assert found[0] == f"marlin_gemm_fp4__m{fastest(64, PROBLEM.N, PROBLEM.K, hopper=True)}"
     assert {GEMM, DECODE, "marlin_gemm_fp4_32x64x32", "marlin_gemm_fp4__m112x16", "dequantize"} <= set(found)
     assert "marlin_gemm_fp4__m64x64" not in tuning.candidates(PROBLEM, 64, "cuda", False)
     assert "gemm_fp4_optimized_decode" in tuning.candidates(PROBLEM, 16, "mps", False)

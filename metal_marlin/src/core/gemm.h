@@ -29,6 +29,11 @@ struct GemmShape {
         aligned; // 16-byte loads are possible: K is a multiple of 32, x and codes start at multiples of 16 bytes
 };
 
+// Where x lies, for a device's tensor copy unit: opaque, made by the host (runtime/tensor_map.py); others never read it.
+struct alignas(64) TensorMap {
+    long words[16];
+};
+
 template <typename W, typename T> struct GemmArguments {
     typedef typename W::Bound E;
     device const T* x;
@@ -89,11 +94,19 @@ struct Tiled {
 };
 // Asynchronous copies, kDepth stages; kRows of W and kTokens of a threadgroup. Devices without such copies have the
 // two stages above.
-template <uint kRows_, uint kTokens_, uint kSimdgroups_, uint kDepth_> struct FewTokens : DoubleStage {
-    enum : uint { kRows = kRows_, kTokens = kTokens_, kSimdgroups = kSimdgroups_, kDepth = kDepth_ };
+template <uint kRows_, uint kTokens_, uint kSimdgroups_, uint kDepth_, uint kSplit_ = 1>
+struct FewTokens : DoubleStage {
+    enum : uint {
+        kRows = kRows_,
+        kTokens = kTokens_,
+        kSimdgroups = kSimdgroups_,
+        kDepth = kDepth_,
+        kSplit = kSplit_
+    };
 };
-template <uint kRows_, uint kTokens_, uint kDepth_> struct ManyTokens : DoubleStage {
-    enum : uint { kRows = kRows_, kTokens = kTokens_, kDepth = kDepth_ };
+// kSplit: threadgroups along z that share K.
+template <uint kRows_, uint kTokens_, uint kDepth_, uint kSplit_ = 1> struct ManyTokens : DoubleStage {
+    enum : uint { kRows = kRows_, kTokens = kTokens_, kDepth = kDepth_, kSplit = kSplit_ };
 };
 
 // Epilogues: what becomes of a sum before it is rounded.

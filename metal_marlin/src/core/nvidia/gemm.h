@@ -8,13 +8,18 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct G
     typedef TileGemm<W, T, Schedule, Epilogue> type;
 };
 template <typename W, typename T, uint kRows, uint kTokens, uint kSimdgroups, uint kDepth, typename Epilogue>
-struct GemmOf<W, T, FewTokens<kRows, kTokens, kSimdgroups, kDepth>, Epilogue> {
+struct GemmOf<W, T, FewTokens<kRows, kTokens, kSimdgroups, kDepth, 1>, Epilogue> {
     typedef FewGemm<W, T, FewTokens<kRows, kTokens, kSimdgroups, kDepth>, Epilogue> type;
 };
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-template <typename W, typename T, uint kRows, uint kTokens, uint kDepth, typename Epilogue>
-struct GemmOf<W, T, ManyTokens<kRows, kTokens, kDepth>, Epilogue> {
-    typedef WgmmaGemm<W, T, ManyTokens<kRows, kTokens, kDepth>, Epilogue> type;
+template <typename W, typename T, uint kRows, uint kTokens, uint kSimdgroups, uint kDepth, uint kSplit,
+          typename Epilogue>
+struct GemmOf<W, T, FewTokens<kRows, kTokens, kSimdgroups, kDepth, kSplit>, Epilogue> {
+    typedef FewGemm<W, T, FewTokens<kRows, kTokens, kSimdgroups, kDepth, kSplit>, Epilogue> type;
+};
+template <typename W, typename T, uint kRows, uint kTokens, uint kDepth, uint kSplit, typename Epilogue>
+struct GemmOf<W, T, ManyTokens<kRows, kTokens, kDepth, kSplit>, Epilogue> {
+    typedef WgmmaGemm<W, T, ManyTokens<kRows, kTokens, kDepth, kSplit>, Epilogue> type;
 };
 #endif
 template <typename W, typename T, typename Schedule, typename Epilogue>

@@ -1,6 +1,7 @@
 #pragma once
 #ifdef __METAL_MARLIN_CUDA__
 #include "core/nvidia/async_copy.h"
+#include "core/nvidia/cluster.h"
 #include "core/nvidia/operand.h"
 
 // Few tokens, where time is what reading W takes. A threadgroup takes strips of 16 rows of W and kTokens tokens; its
@@ -14,11 +15,13 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
     typedef MmaDecode<Format, T> Decode;
     typedef MmaPair<T> Pair;
     typedef GemmArguments<W, T> Arguments;
+    typedef Cluster<Schedule::kSplit> Parts;
     enum : uint {
         kTokens = Schedule::kTokens,
         kRows = Schedule::kRows,
         kSimdgroups = Schedule::kSimdgroups,
         kDepth = Schedule::kDepth,
+        kSplit = Schedule::kSplit,
         kThreads = kSimdgroups * kSimdWidth,
         kStrips = kRows / 16,
         kTiles = kTokens / 8,
@@ -26,7 +29,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
         kPairs = kPerWord / 2,
         kLane = 4 * kPerWord, // k of a lane in a turn
         kTurn = 4 * kLane,
-        kStride = kSimdgroups * kTurn,
+        kStride = kSplit * kSimdgroups * kTurn,
         kRuns = kLane / 16, // no scale changes within
         kSlot = 1024,       // bytes of a simdgroup's step
         kSumStride = kRows + 4
@@ -244,11 +247,13 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
         AsyncCopy::wait<0>();
     }
 
+    static uint turn_of(GemmPlace at) { return (at.tgid.z * kSimdgroups + at.sgid) * kTurn; }
+
     static Lane lane_of(thread const Arguments& a, GemmPlace at, threadgroup const Shared& sh) {
         const uint r = at.lane / 4, c = at.lane % 4;
         Lane lane;
         lane.row = at.tgid.x * kRows + r;
-        lane.k = at.sgid * kTurn + kLane * c;
+        lane.k = turn_of(at) + kLane * c;
         lane.queue = AsyncCopy::address(sh.queues) + at.sgid * kDepth * kSlot + at.lane * 16;
         lane.token = r;
         lane.tokens = min(uint(kTokens), a.M - at.tgid.y * kTokens);
@@ -257,6 +262,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
     }
 
     static void run(Arguments a, GemmPlace at, threadgroup Shared& sh, Epilogue epilogue) {
+        if (kSplit > 1) Parts::form();
         const Lane lane = lane_of(a, at, sh);
         float total[kStrips][kTiles][4];
 #pragma unroll
@@ -269,9 +275,9 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
         }
         const bool fine = (1u << a.shift) < kTurn;
         if (fine) {
-            sum<true>(a, lane, at.sgid * kTurn, total);
+            sum<true>(a, lane, turn_of(at), total);
         } else {
-            sum<false>(a, lane, at.sgid * kTurn, total);
+            sum<false>(a, lane, turn_of(at), total);
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
         const float unit = (fine ? 1.0f : Decode::kUnit) * a.row(0).factor;
@@ -289,15 +295,24 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
             }
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        for (uint i = at.sgid * kSimdWidth + at.lane; i < kTokens * kRows; i += kThreads) {
+        if (kSplit > 1) Parts::barrier();
+        // each of the threadgroups that share K adds up as many outputs
+        const uint rank = kSplit > 1 ? at.tgid.z : 0, sums = AsyncCopy::address(sh.sums);
+        for (uint i = rank * kThreads + at.sgid * kSimdWidth + at.lane; i < kTokens * kRows;
+             i += kSplit * kThreads) {
             const uint n = first + i % kRows, m = token + i / kRows;
             if (m >= a.M || n >= a.N) continue;
             float y = 0;
 #pragma unroll
-            for (uint s = 0; s < kSimdgroups; ++s)
-                y += sh.sums[(s * kTokens + i / kRows) * kSumStride + i % kRows];
+            for (uint part = 0; part < kSplit; ++part) {
+                const uint from = kSplit > 1 ? Parts::address(sums, part) : sums;
+#pragma unroll
+                for (uint s = 0; s < kSimdgroups; ++s)
+                    y += Parts::load(from + ((s * kTokens + i / kRows) * kSumStride + i % kRows) * 4);
+            }
             a.y[ulong(m) * a.N + n] = T(epilogue.apply(y, m, n));
         }
+        if (kSplit > 1) Parts::barrier(); // nobody leaves before its sums have been read
     }
 };
 #endif

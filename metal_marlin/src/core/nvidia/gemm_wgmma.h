@@ -1,45 +1,54 @@
 #pragma once
 #ifdef __METAL_MARLIN_CUDA__
 #include "core/nvidia/async_copy.h"
+#include "core/nvidia/barrier.h"
+#include "core/nvidia/cluster.h"
 #include "core/nvidia/operand.h"
 #include "core/nvidia/wgmma.h"
 
-// Many tokens, sm_90a: a threadgroup takes kRows rows of W and kTokens tokens. Its two groups of four simdgroups take 64 rows each,
-// or, where kRows is 64, alternate blocks of 64 k. W as it is stored and x are copied asynchronously, kStages - 2 stages ahead;
-// the matrix instruction reads x from threadgroup memory itself while the next block's weights are decoded to its left
-// operand. The left operand's lane 4 * r + c has neighbouring columns 2 * c of every 8: byte c of a word of 4-bit codes,
-// so lanes 4 * r ... read the same words.
+// Many tokens, sm_90a: a threadgroup takes kRows rows of W and kTokens tokens, for one of kSplit parts of K. Its two
+// groups of four simdgroups take 64 rows each or, where kRows is 64, alternate blocks of 64 k. The matrix instruction
+// reads x from threadgroup memory, where the tensor copy unit puts blocks of it ahead, while a group decodes its next
+// weights to the left operand. Codes pass through a queue that belongs to the simdgroup, so nothing makes simdgroups wait
+// for each other but a block of x that is to be overwritten. The left operand's lane 4 * r + c has neighbouring columns
+// 2 * c of every 8: byte c of a word of 4-bit codes, so lanes 4 * r ... read the same words.
+// Weights are rounded to T after their scale, which half could not hold for every scale: scales are divided by a power of
+// two of their row, which multiplies its sums.
 template <typename W, typename T, typename Schedule, typename Epilogue> struct WgmmaGemm {
     typedef typename W::Format Format;
-    typedef MmaDecode<Format, T> Decode;
+    typedef MmaNeighbours<Format, T> Decode;
     typedef MmaPair<T> Pair;
     typedef GemmArguments<W, T> Arguments;
     enum : uint {
         kTokens = Schedule::kTokens,
         kRows = Schedule::kRows,
         kStages = Schedule::kDepth,
-        kThreads = 256,
+        kSplit = Schedule::kSplit,
+        kSimdgroups = 8,
+        kThreads = kSimdgroups * kSimdWidth,
         kGroupsN = kRows / 64,
         kGroupsK = 2 / kGroupsN,
         kBlock = 64,
-        kBK = kGroupsK * kBlock,
+        kStride = kSplit * kGroupsK * kBlock, // k between a group's blocks
         kPerWord = Format::kPerWord,
-        kCodes = kBK * Format::kBits / 8, // bytes of a row and stage
-        kWStride = kCodes + 16,
-        kX = kGroupsK * kTokens * 2 * kBlock, // bytes of x of a stage
-        kStage = (kX + kRows * kWStride + 1023) / 1024 * 1024,
-        kWCopies = kRows * kCodes / 16 / kThreads,
-        kXCopies = kX / 16 / kThreads,
+        kRow = kBlock * Format::kBits / 8, // bytes of a row's codes of a block
+        kSlot = 16 * kRow,
+        kDepth = kPerWord == 8 ? 8 : 4, // slots of a queue
+        kCopies = kSlot / 16 / kSimdWidth,
+        kStage = kTokens * 2 * kBlock, // bytes of a block of x
         kSums = kTokens / 2,
+        kNarrow = Pair::kMantissa == 10,
         kYStride = 2 * kRows + 16
     };
     static_assert(kGroupsN * kGroupsK == 2, "WgmmaGemm: two groups");
-    static_assert(kRows * kCodes / 16 % kThreads == 0 && kX / 16 % kThreads == 0,
-                  "WgmmaGemm: copies of a thread");
+    static_assert(kSplit == 1 || kGroupsK == 2, "WgmmaGemm: room for one part's sums");
+    static_assert(kStages % kGroupsK == 0, "WgmmaGemm: as many stages for each group");
     static_assert(kSums * 128 * 4 * (kGroupsK - 1) + kTokens * kYStride <= kStages * kStage,
                   "WgmmaGemm: y takes the place of stages");
     struct alignas(1024) Shared {
         uchar stages[kStages * kStage];
+        uchar queues[kSimdgroups * kDepth * kSlot];
+        ulong full[kStages], empty[kStages];
     };
     // Of two rows: one scale a block, or one for every 16 k.
     template <bool kFine> struct Scales {
@@ -47,60 +56,99 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
         float scales[2][kRuns], shifts[2][kRuns], offsets[2][kRuns];
     };
     struct Place {
-        uint first, token, tid, base;
-        uint row; // of W, the lane's first
-        uint k;   // the group's within a stage
-        uint ws;  // the lane's first row in a stage
-        ulong xs; // the group's x in the first stage, described
+        uint first, token, tid, lane;
+        uint row;         // of W, the lane's first
+        uint k;           // the group's first
+        uint stage;       // the group's first
+        uint stages;      // address of the first
+        uint full, empty; // of the first stage
+        uint to, from;    // where the lane copies codes and where its first row's are, in the first slot
+        uint end;         // k at which the last block of an even number ends, for every group
+        ulong map;        // of x
         uint select;
+        bool leads;                 // simdgroup that asks for its group's x, or for that of both groups
+        float power[2], inverse[2]; // of the lane's rows
+    };
+    struct Turn {
+        uint k, stage, parity, slot;
+    };
+    struct Ahead {
+        device const uint* codes[kCopies]; // what the lane copies next
+        uint k, slot;
     };
 
-    static void load(thread const Arguments& a, thread const Place& at, uint k0, uint stage) {
-        // 8 threads a row of x and block, 32 rows at a time
-        const uint row = at.tid / 8, chunk = at.tid % 8, to = stage + row * 128 + (chunk ^ row % 8) * 16;
-        const uint left = max(a.M, at.token + row) - at.token - row; // rows of x from the first on
-        device const T* x = a.x + ulong(at.token + row) * a.K + k0 + chunk * 8;
+    static uint join(T a) { return uint(as_type<ushort>(a)) * 0x10001u; }
+
+    // Codes of a block, one after the other; a lane copies 16 bytes of each of kCopies rows.
+    static void ask(thread const Arguments& a, thread const Place& at, thread Ahead& next) {
+        const bool reads = next.k < a.K;
 #pragma unroll
-        for (uint i = 0; i < kXCopies; ++i) {
-            const uint further = i * 32 % kTokens, block = i * 32 / kTokens;
-            const bool reads = k0 + block * kBlock + chunk * 8 < a.K && further < left;
-            device const T* from = x + (ulong(further) * a.K + block * kBlock);
-            AsyncCopy::copy16(to + i * 32 * 128, reads ? from : a.x, reads);
+        for (uint i = 0; i < kCopies; ++i) {
+            device const uint* from = reads ? next.codes[i] : a.codes;
+            AsyncCopy::copy16(at.to + next.slot * kSlot + i * 512, from, reads);
+            next.codes[i] += kStride / kPerWord;
         }
+        AsyncCopy::commit();
+        next.k += kStride;
+        next.slot = (next.slot + 1) % kDepth;
+    }
+    static Ahead first(thread const Arguments& a, thread const Place& at) {
+        enum : uint { kChunks = kRow / 16 };
+        Ahead next;
+        next.k = at.k + at.lane % kChunks * (4 * kPerWord);
+        next.slot = 0;
 #pragma unroll
-        for (uint i = 0; i < kWCopies; ++i) {
-            const uint id = at.tid + i * kThreads, row = id / (kCodes / 16), chunk = id % (kCodes / 16);
-            const uint k = k0 + chunk * (4 * kPerWord);
-            const bool reads = k < a.K;
-            device const uint* codes = a.codes + ulong(min(at.first + row, a.N - 1)) * (a.K / kPerWord);
-            AsyncCopy::copy16(stage + kX + row * kWStride + chunk * 16, codes + (reads ? k / kPerWord : 0),
-                              reads);
+        for (uint i = 0; i < kCopies; ++i) {
+            const uint row =
+                min(at.row - at.lane / 4 + at.lane / kChunks + i * (kSimdWidth / kChunks), a.N - 1);
+            next.codes[i] = a.codes + (ulong(row) * a.K + next.k) / kPerWord;
+        }
+        return next;
+    }
+
+    // By a simdgroup.
+    static void load(thread const Place& at, uint k, uint stage) {
+        copy_box(at.stages + stage * kStage, at.map, k, at.token, at.full + stage * 8, kStage);
+    }
+
+    // Powers of two above the largest scales of a lane's rows; lanes 4 * r ... share them.
+    static void normalise(thread const Arguments& a, thread Place& at) {
+#pragma unroll
+        for (uint h = 0; h < 2; ++h) {
+            const typename W::Row row = a.row(min(at.row + 8 * h, a.N - 1));
+            uint most = 0;
+            for (uint g = at.lane % 4; kNarrow && g < a.groups; g += 4) {
+                most = max(most, as_type<uint>(float(W::Scale::value(row.scales[g]))) & 0x7f800000u);
+                if (W::kBias) most = max(most, as_type<uint>(float(row.group(g).bias)) & 0x7f800000u);
+            }
+            most = max(most, simd_shuffle_xor(most, ushort(1)));
+            most = min(max(most, simd_shuffle_xor(most, ushort(2))), 252u << 23);
+            at.power[h] = kNarrow ? as_type<float>(most + (1u << 23)) : 1.0f;
+            at.inverse[h] = kNarrow ? as_type<float>((253u << 23) - most) : 1.0f;
         }
     }
 
     template <bool kFine>
-    static void fetch(thread const Arguments& a, uint n, uint k, thread Scales<kFine>& s) {
+    static void fetch(thread const Arguments& a, thread const Place& at, uint k, thread Scales<kFine>& s) {
 #pragma unroll
         for (uint h = 0; h < 2; ++h) {
-            const typename W::Row row = a.row(min(n + 8 * h, a.N - 1));
+            const typename W::Row row = a.row(min(at.row + 8 * h, a.N - 1));
 #pragma unroll
             for (uint run = 0; run < Scales<kFine>::kRuns; ++run) {
                 const uint g = a.group(k + 16 * run);
                 s.scales[h][run] = W::Scale::value(row.scales[g]);
                 if (W::kAffine) {
                     const typename W::Group group = row.group(g);
-                    s.shifts[h][run] = Middle<W>::value - group.zero;
+                    s.shifts[h][run] = -group.zero;
                     s.offsets[h][run] = group.bias;
                 }
             }
         }
     }
 
-    static uint join(T a) { return uint(as_type<ushort>(a)) * 0x10001u; }
-
     // The lane's left operands of a block, four steps of 16 k.
     template <bool kFine>
-    static void decode(thread const Place& at, uint ws, thread const Scales<kFine>& s,
+    static void decode(thread const Place& at, uint from, thread const Scales<kFine>& s,
                        thread uint (&left)[4][4]) {
         enum : uint { kRuns = Scales<kFine>::kRuns, kWords = kBlock / kPerWord };
 #pragma unroll
@@ -108,15 +156,15 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
             uint words[kWords], scales[kRuns], shifts[kRuns], offsets[kRuns];
 #pragma unroll
             for (uint i = 0; i < kWords; i += 4) {
-                const uint4 v = shared_load16(ws + h * 8 * kWStride + i * 4);
+                const uint4 v = shared_load16(from + h * 8 * kRow + i * 4);
 #pragma unroll
                 for (uint j = 0; j < 4; ++j) words[i + j] = v[j];
             }
 #pragma unroll
             for (uint run = 0; run < kRuns; ++run) {
-                scales[run] = join(T(s.scales[h][run]));
-                if (W::kAffine) shifts[run] = join(T(s.shifts[h][run]));
-                if (W::kBias) offsets[run] = join(T(s.offsets[h][run]));
+                scales[run] = join(T(s.scales[h][run] * (at.inverse[h] * Decode::kUnit)));
+                if (W::kZero) shifts[run] = join(T(s.shifts[h][run]));
+                if (W::kBias) offsets[run] = join(T(s.offsets[h][run] * at.inverse[h]));
             }
 #pragma unroll
             for (uint i = 0; i < kWords; i += 4) {
@@ -124,62 +172,74 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
                 const uint low = mma_permute(words[i], words[i + 1], at.select);
                 const uint high = mma_permute(words[i + 2], words[i + 3], at.select);
                 uint w[kPerWord / 2];
-                mma_neighbours<Format, T>(mma_permute(low, high, 0x5410), w);
+                Decode::pairs(mma_permute(low, high, 0x5410), w);
 #pragma unroll
                 for (uint j = 0; j < kPerWord / 2; ++j) {
                     const uint eight = i * kPerWord / 8 + j; // of k
                     const uint step = eight / 2, run = kFine ? step : 0;
-                    uint plain = Decode::plain(w[j]);
-                    if (W::kAffine) plain = Pair::plus(plain, shifts[run]);
-                    left[step][eight % 2 * 2 + h] = W::kBias ? Pair::fma(plain, scales[run], offsets[run])
-                                                             : Pair::times(plain, scales[run]);
+                    if (W::kZero) w[j] = Pair::plus(w[j], shifts[run]);
+                    left[step][eight % 2 * 2 + h] = W::kBias ? Pair::fma(w[j], scales[run], offsets[run])
+                                                             : Pair::times(w[j], scales[run]);
                 }
             }
         }
     }
 
-    struct Turn {
-        uint k, now, ahead;
-    };
-    static uint after(uint stage) { return stage == (kStages - 1) * kStage ? 0 : stage + kStage; }
-
-    // One stage. The instructions of the stage before may still be running: they read the other left operands.
+    // A block. The instructions of the block before may still be running: they read the other left operands.
     template <bool kFine>
     static void step(thread const Arguments& a, thread const Place& at, thread Turn& turn,
-                     thread Scales<kFine>& next, thread uint (&left)[4][4], thread float (&d)[kSums]) {
-        const Scales<kFine> s = next;
-        AsyncCopy::wait<kStages - 3>();
-        WgmmaGroup::publish();
-        threadgroup_barrier(
-            mem_flags::mem_threadgroup); // the stage before the last has been read by everybody
-        load(a, at, turn.k + (kStages - 2) * kBK, at.base + turn.ahead);
-        AsyncCopy::commit();
-        fetch<kFine>(a, at.row, turn.k + kBK + at.k, next);
-        decode<kFine>(at, at.ws + turn.now, s, left);
+                     thread Ahead& ahead, thread Scales<kFine>& scales, thread uint (&left)[4][4],
+                     thread float (&d)[kSums]) {
+        const Scales<kFine> s = scales;
+        fetch<kFine>(a, at, turn.k + 2 * kStride, scales);
+        AsyncCopy::wait<kDepth - 2>();
+        simdgroup_barrier(mem_flags::mem_threadgroup); // the slot of the block before has been read
+        ask(a, at, ahead);
+        decode<kFine>(at, at.from + turn.slot * kSlot, s, left);
+        PhaseBarrier::wait(at.full + turn.stage * 8, turn.parity);
         WgmmaGroup::fence();
 #pragma unroll
-        for (uint i = 0; i < 4; ++i) Wgmma<T, kTokens>::mma(d, left[i], at.xs + (turn.now >> 4) + 2 * i);
+        for (uint i = 0; i < 4; ++i)
+            Wgmma<T, kTokens>::mma(d, left[i], WgmmaGroup::describe(at.stages + turn.stage * kStage) + 2 * i);
         WgmmaGroup::commit();
         WgmmaGroup::wait<1>();
-        turn.k += kBK;
-        turn.now = after(turn.now);
-        turn.ahead = after(turn.ahead);
+        // Stages that the group has read: of the block before, and of the one before that, which the other group too has
+        // read by now or soon.
+        const uint before = turn.stage < kGroupsK ? turn.stage + kStages - kGroupsK : turn.stage - kGroupsK;
+        const uint old = kGroupsN == 1 ? before : before == 0 ? kStages - 1 : before - 1;
+        enum : uint { kLag = kGroupsN * kStride };
+        if (at.lane == 0 && turn.k >= kStride) PhaseBarrier::arrive(at.empty + before * 8);
+        const uint k = turn.k + kStages / kGroupsK * kStride - kLag;
+        if (at.leads && turn.k >= kLag && k < at.end) {
+            PhaseBarrier::wait(at.empty + old * 8, old < turn.stage ? turn.parity : turn.parity ^ 1);
+            load(at, k, old);
+        }
+        turn.k += kStride;
+        turn.slot = (turn.slot + 1) % kDepth;
+        turn.stage += kGroupsK;
+        if (turn.stage >= kStages) turn.stage -= kStages, turn.parity ^= 1;
     }
 
     template <bool kFine>
-    static void sum(thread const Arguments& a, thread const Place& at, thread float (&d)[kSums]) {
+    static void sum(thread const Arguments& a, thread Place& at, thread float (&d)[kSums]) {
+        if (at.leads) {
 #pragma unroll
-        for (uint i = 0; i < kStages - 2; ++i) {
-            load(a, at, i * kBK, at.base + i * kStage);
-            AsyncCopy::commit();
+            for (uint i = 0; i < kStages / kGroupsK; ++i) {
+                if (at.k + i * kStride < at.end) load(at, at.k + i * kStride, at.stage + i * kGroupsK);
+            }
         }
-        Scales<kFine> next;
-        fetch<kFine>(a, at.row, at.k, next);
-        Turn turn = {0, 0, (kStages - 2) * kStage};
+        Ahead ahead = first(a, at);
+#pragma unroll
+        for (uint i = 0; i < kDepth - 1; ++i) ask(a, at, ahead);
+        normalise(a, at);
+        Scales<kFine> scales[2];
+        fetch<kFine>(a, at, at.k, scales[0]);
+        fetch<kFine>(a, at, at.k + kStride, scales[1]);
+        Turn turn = {at.k, at.stage, 0, 0};
         uint left[2][4][4];
-        while (turn.k < a.K) { // a stage behind the end is all zeros
-            step<kFine>(a, at, turn, next, left[0], d);
-            step<kFine>(a, at, turn, next, left[1], d);
+        while (turn.k < at.end) { // a block behind K is all zeros
+            step<kFine>(a, at, turn, ahead, scales[0], left[0], d);
+            step<kFine>(a, at, turn, ahead, scales[1], left[1], d);
         }
         WgmmaGroup::wait<0>();
         Wgmma<T, kTokens>::hold(d);
@@ -196,9 +256,9 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
     static uint pack(T a, T b) { return uint(as_type<ushort>(a)) | uint(as_type<ushort>(b)) << 16; }
 
     // Sums become rows of y in threadgroup memory.
-    static void put(thread const Place& at, uint lane, uint to, float factor, Epilogue epilogue,
+    static void put(thread const Place& at, uint to, float factor, Epilogue epilogue,
                     thread const float (&d)[kSums]) {
-        const uint column = at.row - at.first - lane / 4;
+        const uint lane = at.lane, column = at.row - at.first - lane / 4;
         const uint from = to + (lane / 16 * 8 + lane % 8) * kYStride + (column + lane / 8 % 2 * 8) * 2;
 #pragma unroll
         for (uint j = 0; j < kTokens / 8; j += 2) {
@@ -209,8 +269,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
 #pragma unroll
                 for (uint e = 0; e < 2; ++e) {
                     const uint token = at.token + (j + i / 2) * 8 + lane % 4 * 2 + e;
-                    y[e] = T(epilogue.apply(d[(j + i / 2) * 4 + i % 2 * 2 + e] * factor, token,
-                                            at.row + i % 2 * 8));
+                    y[e] = T(epilogue.apply(d[(j + i / 2) * 4 + i % 2 * 2 + e] * (at.power[i % 2] * factor),
+                                            token, at.row + i % 2 * 8));
                 }
                 v[i] = pack(y[0], y[1]);
             }
@@ -235,20 +295,53 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
         }
     }
 
-    static void run(Arguments a, GemmPlace where, threadgroup Shared& sh, Epilogue epilogue) {
-        const uint lane = where.lane, group = where.sgid / 4;
-        const uint column = (kGroupsN == 2 ? where.sgid : where.sgid % 4) * 16 + lane / 4;
-        const uint k = kGroupsK == 2 ? group : 0;
+    static Place place(thread const Arguments& a, GemmPlace where, threadgroup const Shared& sh) {
+        const uint lane = where.lane, strip = (kGroupsN == 2 ? where.sgid : where.sgid % 4) * 16;
+        const uint queue = AsyncCopy::address(sh.queues) + where.sgid * kDepth * kSlot;
         Place at;
         at.first = where.tgid.x * kRows;
         at.token = where.tgid.y * kTokens;
         at.tid = where.sgid * kSimdWidth + lane;
-        at.base = AsyncCopy::address(sh.stages);
-        at.row = at.first + column;
-        at.k = k * kBlock;
-        at.ws = at.base + kX + column * kWStride + k * (kCodes / kGroupsK);
-        at.xs = WgmmaGroup::describe(at.base + k * kTokens * 128);
+        at.lane = lane;
+        at.row = at.first + strip + lane / 4;
+        at.stage = kGroupsK == 2 ? where.sgid / 4 : 0;
+        at.k = (where.tgid.z * kGroupsK + at.stage) * kBlock;
+        at.leads = where.sgid % (kGroupsK == 2 ? 4 : 8) == 0;
+        at.stages = AsyncCopy::address(sh.stages);
+        at.full = AsyncCopy::address(sh.full);
+        at.empty = AsyncCopy::address(sh.empty);
+        at.to = queue + lane * 16;
+        at.from = queue + lane / 4 * kRow;
+        at.end = (a.K + 2 * kStride - 1) / (2 * kStride) * (2 * kStride);
+        at.map = descriptor_at<6>();
         at.select = kPerWord == 8 ? 0x40 + lane % 4 * 0x11 : 0x10 + lane % 4 * 0x22;
+        return at;
+    }
+
+    // Adds what the other parts of K came to; the first of them has the sum. Every part has it in the same place.
+    static void gather(uint from, uint rank, thread float (&d)[kSums]) {
+        Cluster<kSplit>::barrier();
+        if (rank == 0) {
+            for (uint part = 1; part < kSplit; ++part) {
+                const uint other = Cluster<kSplit>::address(from, part);
+#pragma unroll
+                for (uint i = 0; i < kSums; ++i) d[i] += Cluster<kSplit>::load(other + i * 512);
+            }
+        }
+        Cluster<kSplit>::barrier(); // nobody leaves before its sums have been read
+    }
+
+    static void run(Arguments a, GemmPlace where, threadgroup Shared& sh, Epilogue epilogue) {
+        if (kSplit > 1) Cluster<kSplit>::form();
+        Place at = place(a, where, sh);
+        if (at.tid == 0) {
+            for (uint i = 0; i < kStages; ++i) {
+                PhaseBarrier::start(at.full + i * 8, 1);
+                PhaseBarrier::start(at.empty + i * 8, kGroupsN * 4);
+            }
+            PhaseBarrier::publish();
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
         float d[kSums];
 #pragma unroll
         for (uint i = 0; i < kSums; ++i) d[i] = 0;
@@ -258,9 +351,9 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
             sum<false>(a, at, d);
         }
         // the second half of k, register by register
-        const uint parts = (kGroupsK - 1) * kSums * 128 * 4;
+        const uint parts = (kGroupsK - 1) * kSums * 128 * 4, group = where.sgid / 4;
+        threadgroup float* part = (threadgroup float*)sh.stages + at.tid % 128;
         if (kGroupsK == 2) {
-            threadgroup float* part = (threadgroup float*)sh.stages + at.tid % 128;
             if (group == 1) {
 #pragma unroll
                 for (uint i = 0; i < kSums; ++i) part[i * 128] = d[i];
@@ -271,7 +364,15 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
                 for (uint i = 0; i < kSums; ++i) d[i] += part[i * 128];
             }
         }
-        if (kGroupsK == 1 || group == 0) put(at, lane, at.base + parts, a.row(0).factor, epilogue, d);
+        if (kSplit > 1) {
+            if (group == 0 && where.tgid.z != 0) {
+#pragma unroll
+                for (uint i = 0; i < kSums; ++i) part[i * 128] = d[i];
+            }
+            gather(at.stages + at.tid % 128 * 4, group == 0 ? where.tgid.z : 1, d);
+            if (where.tgid.z != 0) return;
+        }
+        if (kGroupsK == 1 || group == 0) put(at, at.stages + parts, a.row(0).factor, epilogue, d);
         threadgroup_barrier(mem_flags::mem_threadgroup);
         write(a, at, sh.stages + parts);
     }

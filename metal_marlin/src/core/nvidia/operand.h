@@ -3,6 +3,7 @@
 // word of codes in pairs, i and i + kPerWord / 2, less the middle of unsigned codes and times 1 / kUnit; plain() takes
 // that factor out. All of it is exact but for NF3, whose values half and bfloat do not have.
 #ifdef __METAL_MARLIN_CUDA__
+struct FP4;
 struct INT2;
 struct INT3;
 struct INT4;
@@ -178,9 +179,10 @@ template <> struct MmaDecode<INT8, half> : MmaBytes<0x80> {};
 template <> struct MmaDecode<UINT8, half> : MmaBytes<0> {};
 
 // A bfloat has seven bits: 2^23 + u as a float, whose upper half is exact after the subtraction.
-template <uint kFlip> struct MmaWideBytes : MmaPlain {
+template <uint kFlip, uint kMiddle = 128> struct MmaWideBytes : MmaPlain {
     static uint number(uint flipped, uint i) {
-        return as_type<uint>(as_type<float>(mma_permute(flipped, 0x4b000000u, 0x7440u + i)) - 8388736.0f);
+        const float all = as_type<float>(mma_permute(flipped, 0x4b000000u, 0x7440u + i));
+        return as_type<uint>(all - float(8388608 + kMiddle));
     }
     static void pairs(uint word, thread uint (&w)[2]) {
         const uint flipped = word ^ kFlip;
@@ -231,16 +233,69 @@ template <> struct MmaDecode<FP8E4M3, bfloat> : MmaPlain {
     }
 };
 
-// A word's codes 2 * i and 2 * i + 1 as pair i: neighbours along k.
-template <typename Format, typename T>
-static inline void mma_neighbours(uint word, thread uint (&w)[Format::kPerWord / 2]) {
-    uint p[Format::kPerWord / 2];
-    MmaDecode<Format, T>::pairs(word, p);
-    enum : uint { kHalf = Format::kPerWord / 4 };
+// A word's codes 2 * i and 2 * i + 1 as pair i: neighbours along k; values times 1 / kUnit. Unsigned codes are themselves:
+// zeros that are no whole numbers are taken from them, and that is rounded once.
+template <typename Format, typename T> struct MmaNeighbours {
+    static constexpr float kUnit = MmaDecode<Format, T>::kUnit;
+    static void pairs(uint word, thread uint (&w)[Format::kPerWord / 2]) {
+        uint p[Format::kPerWord / 2];
+        MmaDecode<Format, T>::pairs(word, p);
+        enum : uint { kHalf = Format::kPerWord / 4 };
 #pragma unroll
-    for (uint i = 0; i < kHalf; ++i) {
-        w[i] = mma_permute(p[2 * i], p[2 * i + 1], 0x5410);
-        w[i + kHalf] = mma_permute(p[2 * i], p[2 * i + 1], 0x7632);
+        for (uint i = 0; i < kHalf; ++i) {
+            w[i] = mma_permute(p[2 * i], p[2 * i + 1], 0x5410);
+            w[i + kHalf] = mma_permute(p[2 * i], p[2 * i + 1], 0x7632);
+        }
     }
-}
+};
+
+// Codes of four bits become bytes first, those of even and of odd places apart.
+template <> struct MmaNeighbours<FP4, half> {
+    static constexpr float kUnit = 16384;
+    static void pairs(uint word, thread uint (&w)[4]) {
+        const uint even = ((word << 4) & 0x80808080u) | ((word << 1) & 0x0e0e0e0eu);
+        const uint odd = (word & 0x80808080u) | ((word >> 3) & 0x0e0e0e0eu);
+        const uint low = mma_permute(even, odd, 0x5140), high = mma_permute(even, odd, 0x7362);
+        w[0] = mma_permute(low, 0, 0x1404), w[1] = mma_permute(low, 0, 0x3424);
+        w[2] = mma_permute(high, 0, 0x1404), w[3] = mma_permute(high, 0, 0x3424);
+    }
+};
+// kUpper: the upper byte of 2^kMantissa; kMiddle: what codes are less.
+template <typename T, uint kUpper, uint kMiddle> struct MmaIntegers {
+    static constexpr float kUnit = 1;
+    static void pairs(uint word, thread uint (&w)[4]) {
+        const uint even = word & 0x0f0f0f0fu, odd = (word >> 4) & 0x0f0f0f0fu, upper = kUpper * 0x01010101u;
+        const uint low = mma_permute(even, odd, 0x5140), high = mma_permute(even, odd, 0x7362);
+        w[0] = mma_permute(low, upper, 0x4140), w[1] = mma_permute(low, upper, 0x4342);
+        w[2] = mma_permute(high, upper, 0x4140), w[3] = mma_permute(high, upper, 0x4342);
+#pragma unroll
+        for (uint i = 0; i < 4; ++i) w[i] = MmaPair<T>::minus(w[i], (kUpper << 8 | kMiddle) * 0x10001u);
+    }
+};
+template <> struct MmaNeighbours<INT4, half> : MmaIntegers<half, 0x64, 8> {};
+template <> struct MmaNeighbours<UINT4, half> : MmaIntegers<half, 0x64, 0> {};
+template <> struct MmaNeighbours<INT4, bfloat> : MmaIntegers<bfloat, 0x43, 8> {};
+template <> struct MmaNeighbours<UINT4, bfloat> : MmaIntegers<bfloat, 0x43, 0> {};
+
+template <uint kFlip, uint kMiddle> struct MmaNeighbourBytes {
+    static constexpr float kUnit = 1;
+    static void pairs(uint word, thread uint (&w)[2]) {
+        const uint u = word ^ kFlip * 0x01010101u;
+        w[0] = MmaPair<half>::minus(mma_permute(u, 0x64646464u, 0x4140), (0x6400 | kMiddle) * 0x10001u);
+        w[1] = MmaPair<half>::minus(mma_permute(u, 0x64646464u, 0x4342), (0x6400 | kMiddle) * 0x10001u);
+    }
+};
+template <> struct MmaNeighbours<INT8, half> : MmaNeighbourBytes<0x80, 0x80> {};
+template <> struct MmaNeighbours<UINT8, half> : MmaNeighbourBytes<0, 0> {};
+template <uint kFlip, uint kMiddle> struct MmaNeighbourWideBytes {
+    static constexpr float kUnit = 1;
+    static void pairs(uint word, thread uint (&w)[2]) {
+        typedef MmaWideBytes<kFlip, kMiddle> Bytes;
+        const uint u = word ^ kFlip;
+        w[0] = mma_permute(Bytes::number(u, 0), Bytes::number(u, 1), 0x7632);
+        w[1] = mma_permute(Bytes::number(u, 2), Bytes::number(u, 3), 0x7632);
+    }
+};
+template <> struct MmaNeighbours<INT8, bfloat> : MmaNeighbourWideBytes<0x80808080u, 128> {};
+template <> struct MmaNeighbours<UINT8, bfloat> : MmaNeighbourWideBytes<0, 0> {};
 #endif

@@ -13,9 +13,7 @@ struct WgmmaGroup {
     static void publish() { __asm__ volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
     // Rows of 128 bytes, k contiguous, whose 16-byte chunk c lies at c ^ row % 8; 8 rows follow each other in 1024
     // bytes, at a multiple of which they begin. 16 k further: + 2.
-    static ulong describe(uint at) {
-        return ulong((at & 0x3ffff) >> 4) | (1ul << 16) | (64ul << 32) | (1ul << 62);
-    }
+    static uint describe(uint at) { return (at & 0x3ffff) >> 4 | 1u << 16; } // and 64 | 1 << 30 above
 };
 
 template <typename T, uint kN> struct Wgmma;
@@ -31,12 +29,12 @@ template <typename T, uint kN> struct Wgmma;
 #define WGMMA_SUMS_256(d, i) WGMMA_SUMS_128(d, i), WGMMA_SUMS_128(d, i + 64)
 #define WGMMA_OF(T, type, n, a0, a1, a2, a3, right)                                                            \
     template <> struct Wgmma<T, n> {                                                                           \
-        static void mma(thread float (&d)[n / 2], thread const uint (&a)[4], ulong from) {                     \
-            __asm__ volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {"              \
-                             WGMMA_NUMBERS_##n "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #right            \
-                             ", 1, 1, 1, 0;"                                                                   \
+        static void mma(thread float (&d)[n / 2], thread const uint (&a)[4], uint from) {                     \
+            __asm__ volatile("{ .reg .b64 t; mov.b64 t, {%" #right ", 0x40000040}; wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {"              \
+                             WGMMA_NUMBERS_##n "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, t"            \
+                             ", 1, 1, 1, 0; }"                                                                   \
                              : WGMMA_SUMS_##n(d, 0)                                                            \
-                             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(from));                         \
+                             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(from));                         \
         }                                                                                                      \
         /* after wait<0>: sums are in registers from here on */                                                \
         static void hold(thread float (&d)[n / 2]) { __asm__ volatile("" : WGMMA_SUMS_##n(d, 0) : : "memory"); } \

@@ -1,0 +1,28 @@
+#pragma once
+// Threadgroups that share their work (PTX ISA: clusters; sm_90).
+#ifdef __METAL_MARLIN_CUDA__
+// kCount threadgroups along z that run at the same time and may read each other's threadgroup memory.
+template <uint kCount> struct Cluster {
+    // For the compiler of PTX (msl/program.py): what attributes cannot say.
+    static void form() { __asm__ volatile("// threadgroups of a cluster: %0" : : "n"(kCount)); }
+    // What all of them wrote before is visible to all.
+    static void barrier() {
+        __asm__ volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" : : : "memory");
+    }
+    static uint address(uint at, uint rank) {
+        uint there;
+        __asm__("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
+        return there;
+    }
+    // From an address, or from this threadgroup's own memory where it is alone.
+    static float load(uint at) {
+        float v;
+        if (kCount == 1) {
+            __asm__ volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at) : "memory");
+            return v;
+        }
+        __asm__ volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(at) : "memory");
+        return v;
+    }
+};
+#endif
