@@ -27,17 +27,31 @@ _THREADS = 128
 _TOKENS = 256  # most tokens of a threadgroup on the cpu; src/core/cpu/gemm.h
 
 
-# fp4 rows with a tile of their own on every device, half and bfloat16: file, rows of W and tokens of a threadgroup.
+@dataclass(frozen=True)
+class Named:
+    """A kernel with a tile of its own on every device, half and bfloat16: its format, rows of W and tokens of a
+    threadgroup, its file."""
+
+    format: str
+    rows: int
+    tokens: int
+    file: str = FAMILY
+
+
 _SIZES = "32x32x32 64x32x32 32x64x32 64x64x16 64x64x32 64x64x64 128x64x32 64x128x32 128x128x16"
 NAMED = {
     **{
-        f"marlin_gemm_fp4_{size}": ("kernels_autotune.metal", int(size.split("x")[1]), int(size.split("x")[0]))
+        f"marlin_gemm_fp4_{size}": Named(
+            "fp4", int(size.split("x")[1]), int(size.split("x")[0]), "kernels_autotune.metal"
+        )
         for size in _SIZES.split()
     },
     **{
-        f"gemm_fp4_optimized{name}": ("gemm_fp4_optimized.metal", 64, tokens)
+        f"gemm_fp4_optimized{name}": Named("fp4", 64, tokens, "gemm_fp4_optimized.metal")
         for name, tokens in (("", 32), ("_fp32acc", 32), ("_decode", 16), ("_large_m", 128))
     },
+    **{f"marlin_gemm_fused_fp4{name}": Named("fp4", 64, 64) for name in ("", "_fp32acc")},
+    "marlin_gemm_fused_u4": Named("int4", 64, 64),
 }
 _DTYPES = tuple(KEYS)
 _OTHERS = (
@@ -107,10 +121,10 @@ def plan(
     "marlin_gemm_fp4__m32x16", or one of ``NAMED``.
     Raises ArgumentError for dtypes and variants that have no row, or none that runs here.
     """
-    if kernel in NAMED and format == "fp4" and dtype == scale_dtype != torch.float32:
-        file, rows, tokens = NAMED[kernel]
+    named = NAMED.get(kernel or "")
+    if kernel and named and format == named.format and dtype == scale_dtype != torch.float32:
         row = row_name("marlin_gemm", kernel, [kernel], dtype, scale_dtype, format, zeros)
-        return _plain(row, M, N, device, pool, rows, tokens, file)
+        return _plain(row, M, N, device, pool, named.rows, named.tokens, named.file)
     known = [f"marlin_gemm_{codec(format).name}{variant}" for variant in VARIANTS.get(format, ("",))]
     tiles = TILES if has_tiles(dtype, scale_dtype, format) else {}
     base, _, tile = (kernel or known[0]).partition("__m")
@@ -224,5 +238,5 @@ OP = OpSpec(
     bench="bench/gemm.py",
     check=lambda case, device, kernel: product_check(marlin_gemm, case, device, kernel),
     row_case=row_case,
-    more_files=tuple(sorted({file for file, _, _ in NAMED.values()})),
+    more_files=tuple(sorted({named.file for named in NAMED.values()} - {FAMILY})),
 )

@@ -62,8 +62,9 @@ def candidates(problem: Problem, M: int, kind: str, hopper: bool) -> list[str]:
     if kind != "cpu":  # where they are the same code
         if p.format == "fp4":
             found += [f"{name}{variant}" for variant in ("_single_stage", "_3stage")]
-        if p.format == "fp4" and p.dtype == p.scale_dtype != torch.float32:
-            found += [kernel for kernel in _gemm.NAMED if not kernel.endswith("_fp32acc")]
+        if p.dtype == p.scale_dtype != torch.float32:
+            named = [kernel for kernel, of in _gemm.NAMED.items() if of.format == p.format]
+            found += [kernel for kernel in named if not kernel.endswith("_fp32acc")]
     if kind == "cuda" and p.K % 32 == 0 and has_tiles(p.dtype, p.scale_dtype, p.format):
         tiles = [t for t in TILES.values() if t.tokens <= 4 * M and 8 * t.tokens >= M and hopper >= t.hopper]
         found += [f"{name}__m{t}" for t in tiles]

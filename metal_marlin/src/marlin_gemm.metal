@@ -8,6 +8,7 @@
 //   marlin_gemm_*                 two stages: weights are read and decoded while those before them are multiplied
 //   marlin_gemm_fp4_single_stage  one stage; _3stage three
 //   marlin_gemm_fp4_fp32acc       never sums in half
+//   marlin_gemm_fused_<format>    weights are decoded in registers, as operands
 // Grid: x covers N, y covers M; ops/marlin_gemm.py holds the numbers.
 #include <metal_stdlib>
 #include "core/gemm_kernel.h"
@@ -52,6 +53,18 @@ ROWS("marlin_gemm_fp8_e5m2", Fp8E5M2, DoubleStage, "", "")
 ROWS("marlin_gemm_int2", Int2, DoubleStage, "", "")
 ROWS("marlin_gemm_int3", Int3, DoubleStage, "", "")
 ROWS("marlin_gemm_nf3", Nf3, DoubleStage, "", "")
+
+// Scales as the activations.
+#define ROWS_FUSED(name, W, first, z)                                                                        \
+    INSTANTIATE(name first, marlin_gemm<W<half>, half, Fused<64, 64>>)                                       \
+    INSTANTIATE(name "__tbf16" z, marlin_gemm<W<bfloat>, bfloat, Fused<64, 64>>)
+
+ROWS_FUSED("marlin_gemm_fused_fp4", Fp4, "", "")
+ROWS_FUSED("marlin_gemm_fused_fp4_fp32acc", Fp4, "", "")
+ROWS_FUSED("marlin_gemm_fused_u4", Int4, "", "")
+ROWS_FUSED("marlin_gemm_fused_u4", Int4Point, "__zpoint", "_zpoint")
+ROWS_FUSED("marlin_gemm_fused_u4", Int4Packed, "__zpacked", "_zpacked")
+ROWS_FUSED("marlin_gemm_fused_u4", Int4Bias, "__zbias", "_zbias")
 
 // Tiles with asynchronous copies; m: rows of W and tokens of a threadgroup, and how many of them share K (ops/gemm_tiles.py).
 #define FEW(name, rows, tokens, threads, W, T)                                                               \

@@ -263,9 +263,12 @@ def test_every_tile(case: Case, variant: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel", NAMED)
 def test_every_named_tile(kernel: str, dtype: torch.dtype, device: str) -> None:
-    for case in (Case(131, 137, 200, 16, dtype), Case(17, 40, 32, 32, dtype), Case(1, 1, 8, 8, dtype)):
-        tensors = case.tensors(device)
-        check(call(case, tensors, kernel=kernel), case, tensors)
+    form = NAMED[kernel].format
+    for zeros in ZEROS.get(form, ("none",)):
+        for M, N, K, group in ((131, 137, 200, 16), (17, 40, 32, 32), (66, 65, 128, 64), (1, 1, 8, 8)):
+            case = Case(M, N, K, group, dtype, None, form, zeros)
+            tensors = case.tensors(device)
+            check(call(case, tensors, kernel=kernel), case, tensors)
 
 
 def test_named_tiles_are_planned() -> None:
@@ -305,6 +308,13 @@ def test_rows_are_what_plans_name() -> None:
         for d in DTYPES
         for s in codec(name).scale_dtypes
         if tiles.has_tiles(d, s, name)
+    }
+    names |= {
+        plan(9, 64, 64, d, d, "cpu", of.format, zeros, 1, kernel).kernel
+        for kernel, of in NAMED.items()
+        if of.file == FAMILY
+        for zeros in ZEROS.get(of.format, ("none",))
+        for d in (torch.float16, torch.bfloat16)
     }
     assert names == set(MetalKernelLibrary(FAMILY, device="cpu").kernels)
 
@@ -348,6 +358,20 @@ def test_one_stage_with_32_lanes(dtype: torch.dtype) -> None:
     y = dispatch(library, case, tensors, replace(p, kernel=single))
     assert torch.equal(y, dispatch(library, case, tensors, p))
     check(y, case, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", [kernel for kernel in NAMED if "fused" in kernel])
+def test_weights_in_registers_with_32_lanes(kernel: str, dtype: torch.dtype) -> None:
+    library = MetalKernelLibrary(FAMILY, device="cpu", lanes=32)
+    form = NAMED[kernel].format
+    for zeros in ZEROS.get(form, ("none",)):
+        for M, N, K, group in ((70, 66, 200, 16), (17, 129, 96, 32), (1, 3, 8, 8)):
+            case = Case(M, N, K, group, dtype, None, form, zeros)
+            tensors = case.tensors()
+            p = plan(M, N, K, dtype, dtype, "mps", form, zeros, kernel=kernel)
+            check(dispatch(library, case, tensors, p), case, tensors)
+            assert library.compile(p.kernel).meta.threadgroup_bytes < 16 << 10
 
 
 @pytest.mark.parametrize("level", ["cpu:x86-64-v3", "cpu:x86-64-v4"])

@@ -92,6 +92,10 @@ struct Tiled {
         };
     };
 };
+// Weights are decoded in registers, as operands (gemm_fused.h).
+template <uint kRows_, uint kTokens_> struct Fused : DoubleStage {
+    enum : uint { kRows = kRows_, kTokens = kTokens_ };
+};
 // Asynchronous copies, kDepth stages; kRows of W and kTokens of a threadgroup. Devices without such copies have the
 // two stages above.
 template <uint kRows_, uint kTokens_, uint kSimdgroups_, uint kDepth_, uint kSplit_ = 1>
@@ -115,6 +119,17 @@ struct NoEpilogue {
 };
 
 #include "core/gemm_tile.h"
+
+#include "core/gemm_fused.h"
+
+// Which pipeline a schedule is on any device.
+template <typename W, typename T, typename Schedule, typename Epilogue> struct SimdGemm {
+    typedef TileGemm<W, T, Schedule, Epilogue> type;
+};
+template <typename W, typename T, uint kRows, uint kTokens, typename Epilogue>
+struct SimdGemm<W, T, Fused<kRows, kTokens>, Epilogue> {
+    typedef FusedGemm<W, T, Fused<kRows, kTokens>, Epilogue> type;
+};
 
 #include "core/apple/gemm.h"
 #include "core/cpu/gemm.h"

@@ -6,6 +6,8 @@
 //     kStep              how many k a multiply takes
 //     kScratch           floats of threadgroup memory a simdgroup needs for each()
 //     Left<R>, Right<C>  operands; load(tile, from, stride, lane)
+//     put(left, j, e, a, b)  a lane's part of it, for half and bfloat: columns 2 * pair_of(lane) and the next of eight
+//                        columns e, row row_of(lane) of eight rows j
 //     Sums<R, C>         clear(sums); multiply(sums, left, right); each(sums, scratch, lane, sink) calls
 //                        sink(row, column, value) once for every sum
 //   TileSize<T>          tile of a threadgroup: kBN rows of the left operand, kBM of the right one, kBK deep;

@@ -26,6 +26,14 @@ template <typename T> struct SimdTileMath {
         }
     }
 
+    // The lane's row of every eight, which of the row's four pairs of columns it has, and that pair of eight rows j.
+    static uint row_of(uint lane) { return (lane & 16) >> 2 | (lane >> 1 & 3); }
+    static uint pair_of(uint lane) { return (lane & 8) >> 2 | (lane & 1); }
+    template <uint R> static void put(thread Left<R>& tile, uint j, uint, T a, T b) {
+        tile.m[j].thread_elements()[0] = a;
+        tile.m[j].thread_elements()[1] = b;
+    }
+
     template <uint R, uint C> static void clear(thread Sums<R, C>& sums) {
 #pragma unroll
         for (uint r = 0; r < R / 8; ++r) {

@@ -1,5 +1,5 @@
 #pragma once
 #if !defined(__METAL_MARLIN_CPU__) && !defined(__METAL_MARLIN_CUDA__)
 template <typename W, typename T, typename Schedule, typename Epilogue>
-using Gemm = TileGemm<W, T, Schedule, Epilogue>;
+using Gemm = typename SimdGemm<W, T, Schedule, Epilogue>::type;
 #endif

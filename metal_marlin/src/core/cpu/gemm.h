@@ -1,7 +1,7 @@
 #pragma once
 #if defined(__METAL_MARLIN_CPU__) && METAL_MARLIN_LANES != 1
 template <typename W, typename T, typename Schedule, typename Epilogue>
-using Gemm = TileGemm<W, T, Schedule, Epilogue>;
+using Gemm = typename SimdGemm<W, T, Schedule, Epilogue>::type;
 #endif
 
 #if defined(__METAL_MARLIN_CPU__) && METAL_MARLIN_LANES == 1

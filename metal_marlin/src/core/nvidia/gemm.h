@@ -3,9 +3,9 @@
 #include "core/nvidia/gemm_few.h"
 #include "core/nvidia/gemm_wgmma.h"
 
-// Which pipeline a schedule is here. float has no matrix instruction that keeps its precision.
+// Which pipeline a schedule is here: asynchronous copies are this device's. float has no matrix instruction that keeps its precision.
 template <typename W, typename T, typename Schedule, typename Epilogue> struct GemmOf {
-    typedef TileGemm<W, T, Schedule, Epilogue> type;
+    typedef typename SimdGemm<W, T, Schedule, Epilogue>::type type;
 };
 template <typename W, typename T, uint kRows, uint kTokens, uint kSimdgroups, uint kDepth, typename Epilogue>
 struct GemmOf<W, T, FewTokens<kRows, kTokens, kSimdgroups, kDepth, 1>, Epilogue> {

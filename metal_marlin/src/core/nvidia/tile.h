@@ -40,6 +40,14 @@ template <typename T> struct MmaTileMath {
         }
     }
 
+    // The lane's row of every eight, which of the row's four pairs of columns it has, and that pair of eight rows j and
+    // eight columns e.
+    static uint row_of(uint lane) { return lane / 4; }
+    static uint pair_of(uint lane) { return lane % 4; }
+    template <uint R> static void put(thread Left<R>& tile, uint j, uint e, T a, T b) {
+        tile.v[j / 2][j % 2 + 2 * e] = uint(as_type<ushort>(a)) | uint(as_type<ushort>(b)) << 16;
+    }
+
     template <uint R, uint C> static void clear(thread Sums<R, C>& sums) {
 #pragma unroll
         for (uint r = 0; r < R / 16; ++r) {
