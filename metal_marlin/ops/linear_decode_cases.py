@@ -114,10 +114,15 @@ def _models() -> list[Case]:
     ]
 
 
-def row_case(name: str) -> tuple[Case, str]:
-    """A small case for a row of decode_gemv or marlin_gemm, and the kernel to ask for."""
+def row_case(name: str, format: str | None = None) -> tuple[Case, str]:
+    """A small case for a row of decode_gemv or marlin_gemm, and the kernel to ask for; ``format`` where the name does
+    not say it."""
     base, dtype, scales, zeros = read_row(name)
-    form = max((f for n, f in CODECS.items() if f"_{n}_" in f"{base}_"), key=lambda f: len(f.name))
+    form = (
+        codec(format)
+        if format
+        else max((f for n, f in CODECS.items() if f"_{n}_" in f"{base}_"), key=lambda f: len(f.name))
+    )
     group = next(g for g in (64, 32, 16) if g in form.groups)
     return Case(1 if base == f"decode_gemv_{form.name}" else 9, 37, 256, group, dtype, scales, form.name, zeros), base
 

@@ -14,7 +14,7 @@ from metal_marlin.ops.linear_decode_cases import Case, row_case
 from metal_marlin.ops.product import check, product_ref, register
 from metal_marlin.ops.selfcheck import product_check
 from metal_marlin.ops.spec import OpSpec
-from metal_marlin.ops.weights import KEYS, library, on_16_bytes, plan_kind, row_name
+from metal_marlin.ops.weights import KEYS, library, on_16_bytes, plan_kind, read_row, row_name
 from metal_marlin.runtime.dispatch import dispatch_kernel
 from metal_marlin.runtime.tensor_map import NONE, tensor_map
 
@@ -230,6 +230,12 @@ def _map(x: torch.Tensor, M: int, K: int, p: Plan) -> tuple[bytes, ...]:
 
 _new = register("marlin_gemm", _run)
 
+
+def _row_case(name: str) -> tuple[Case, str]:
+    named = NAMED.get(read_row(name)[0])
+    return row_case(name, named.format if named else None)
+
+
 OP = OpSpec(
     name="marlin_gemm",
     family_file=FAMILY,
@@ -237,6 +243,6 @@ OP = OpSpec(
     cases=CASES,
     bench="bench/gemm.py",
     check=lambda case, device, kernel: product_check(marlin_gemm, case, device, kernel),
-    row_case=row_case,
+    row_case=_row_case,
     more_files=tuple(sorted({named.file for named in NAMED.values()} - {FAMILY})),
 )

@@ -15,6 +15,7 @@
 // Sources: own.
 #include <metal_stdlib>
 #include "core/constants.h"
+#include "core/epilogue.h"
 #include "core/tile.h"
 #include "formats/nf3.h" // for nvidia/operand.h: what is included under an #if is nowhere else
 #include "formats/quantized.h"
@@ -111,11 +112,6 @@ struct FewTokens : DoubleStage {
 // kSplit: threadgroups along z that share K.
 template <uint kRows_, uint kTokens_, uint kDepth_, uint kSplit_ = 1> struct ManyTokens : DoubleStage {
     enum : uint { kRows = kRows_, kTokens = kTokens_, kDepth = kDepth_, kSplit = kSplit_ };
-};
-
-// Epilogues: what becomes of a sum before it is rounded.
-struct NoEpilogue {
-    float apply(float value, uint, uint) const { return value; }
 };
 
 #include "core/gemm_tile.h"
