@@ -1,4 +1,4 @@
-"""Products of dense tiles, and FP4 products split along K, against torch's own.
+"""Products of dense tiles, and FP4 products split along K or of few tokens, against torch's own.
 
     python bench/dense.py [--device cuda]
 
@@ -23,7 +23,8 @@ from common import (
 )
 
 from metal_marlin.formats import codec
-from metal_marlin.ops import dense
+from metal_marlin.ops import dense, dense_few
+from metal_marlin.ops.linear_decode import linear_decode
 from metal_marlin.ops.marlin_gemm import marlin_gemm
 
 LIMITS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
@@ -63,6 +64,22 @@ def split(device: str) -> list[Named]:
     return found
 
 
+def few(device: str) -> list[Named]:
+    found: list[Named] = []
+    for case in (c for c in dense_few.CASES if c.model):
+        sets = sets_needed(case.N * case.K // 2, device, most=16)
+        data = [case.tensors(device, seed)[:3] for seed in range(sets)]
+        g = case.group
+        calls: dict[str, Candidate] = {
+            name: lambda i, name=name, data=data, g=g: dense_few.linear_few(*data[i], g, kernel=name)
+            for name in (*dense_few.GEMV, *dense_few.SMALL)
+        }
+        calls["linear_decode"] = lambda i, data=data, g=g: linear_decode(*data[i], g)
+        work = 2 * case.M * case.N * case.K
+        found.append((f"linear_few-{case}", calls, dense.product_ref(*data[0], g), work, sets))
+    return found
+
+
 def measure(item: Named, device: str) -> list[tuple[str, ...]]:
     case, calls, wanted, work, sets = item
     errors = {}
@@ -88,7 +105,7 @@ def main() -> None:
     options = parser.parse_args()
     heading = ("device", "case", "candidate", "µs", "p20", "p80", "TFLOP/s")
     for device in usable_devices(options.device):
-        rows = [row for item in (*products(device), *split(device)) for row in measure(item, device)]
+        rows = [row for item in (*products(device), *split(device), *few(device)) for row in measure(item, device)]
         table(device, [heading, *rows])
 
 
