@@ -77,6 +77,15 @@ def test_stream_k_has_room_for_every_part(device: str) -> None:
         assert max(map(len, tiles.values())) <= p.parts
 
 
+@pytest.mark.parametrize("kernel", SPLIT)
+def test_what_was_in_memory_does_not_matter(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part of a sum is written or cleared: tiles that fewer threadgroups share leave parts alone."""
+    x, codes, scales, _ = Case(64, 200, 1032, 128, torch.float32).tensors()
+    wanted, new = linear_split(x, codes, scales, 128, kernel=kernel), torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda t, *a, **k: new(t, *a, **k).fill_(float("nan")))
+    assert torch.equal(linear_split(x, codes, scales, 128, kernel=kernel), wanted)
+
+
 def test_slices_cover_k() -> None:
     for K in (8, 64, 65, 128, 416, 1000, 14336):
         p = plan(3, 5, K, "cpu", SPLIT[0])
