@@ -360,12 +360,14 @@ class _Linter:
 
     def _uniform(self, struct: str) -> bool:
         """Whether the struct's members are all `long` or all `float`."""
+        kinds = self._kinds(struct)
+        return kinds <= {"long"} or kinds <= {"float"}
+
+    def _kinds(self, struct: str) -> set[str]:
+        """Types of a struct's members, and of those that are structs theirs; none for a struct not written here."""
         src = self.src
         for i in range(len(src)):
             if src.at(i) == "struct" and src.at(i + 1) == struct and src.at(i + 2) == "{":
-                kinds, closed = set(), src.match[i + 2]
-                for a, b in src.split(i + 3, closed, ";"):
-                    if b > a:
-                        kinds.add(src.at(a))
-                return kinds <= {"long"} or kinds <= {"float"}
-        return True
+                members = {src.at(a) for a, b in src.split(i + 3, src.match[i + 2], ";") if b > a}
+                return set().union(*(self._kinds(kind) or {kind} for kind in members))
+        return set()

@@ -85,8 +85,8 @@ def plan(dtype: torch.dtype, activation: str, bias: bool, join: str, kernel: str
 
 
 @functools.lru_cache(maxsize=1024)
-def _choice(activation: str, bias: bool, join: str, scale: float) -> bytes:
-    return struct.pack("=3qf4x", ACTS.index(activation), bias, _JOINS.index(join), scale)
+def _choice(activation: str, bias: bool, join: str) -> bytes:
+    return struct.pack("=3q", ACTS.index(activation), bias, _JOINS.index(join))
 
 
 def _joined(op: str, residual: torch.Tensor | None, gate: torch.Tensor | None) -> str:
@@ -179,14 +179,14 @@ def _new_linear(
     p = gemm_plan(M, N, K, x.dtype, x.dtype, kind, pool=pool, kernel=_FUSED)
     aligned = int(K % 32 == 0 and on_16_bytes(x, codes))
     shape = {"M": M, "N": N, "K": K, "group": group_size, "rows": p.rows, "tokens": p.tokens, "aligned": aligned}
-    choice = _choice(activation, bias is not None, join, scale)
+    choice = _choice(activation, bias is not None, join)
     more = (x if bias is None else bias, x if other is None else other)
     dispatch_kernel(
         library(FAMILY, str(x.device), p.lanes),
         row,
         threadgroups=p.threadgroups,
         threads_per_threadgroup=p.threads,
-        args=(x, codes, scales, out, shape, *more, choice),
+        args=(x, codes, scales, out, shape, *more, choice, scale),
     )
     return out
 
@@ -227,7 +227,8 @@ def _new(
         threads_per_threadgroup=1 if cpu else 256,
         args=(
             *(y, out, struct.pack("=2q", width, run), y if bias is None else bias, y if other is None else other),
-            _choice(activation, bias is not None, join, scale),
+            _choice(activation, bias is not None, join),
+            scale,
         ),
     )
     return out

@@ -20,11 +20,11 @@ gemm_epilogue(device const T* x [[buffer(0)]], device const uint* codes [[buffer
               device const T* scales [[buffer(2)]], device T* y [[buffer(3)]],
               constant GemmShape& shape [[buffer(4)]], device const T* bias [[buffer(5)]],
               device const T* other [[buffer(6)]], constant EpilogueShape& epilogue [[buffer(7)]],
-              uint3 tgid [[threadgroup_position_in_grid]], uint sgid [[simdgroup_index_in_threadgroup]],
-              uint lane [[thread_index_in_simdgroup]]) {
+              constant float& scale [[buffer(8)]], uint3 tgid [[threadgroup_position_in_grid]],
+              uint sgid [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
     typedef Gemm<Fp4<T>, T, Fused<64, 64>, Epilogue> Core;
     threadgroup typename Core::Shared sh;
-    const EpilogueArguments<T> more = {bias, other, uint(shape.N), epilogue.scale};
+    const EpilogueArguments<T> more = {bias, other, uint(shape.N), scale};
     Core::run(GemmArguments<Fp4<T>, T>(x, codes, scales, scales, y, shape), GemmPlace{tgid, sgid, lane}, sh,
               Epilogue(more, epilogue));
 }
@@ -39,10 +39,10 @@ template <typename T>
 epilogue_standalone(device const T* x [[buffer(0)]], device T* y [[buffer(1)]],
                     constant EpilogueRun& shape [[buffer(2)]], device const T* bias [[buffer(3)]],
                     device const T* other [[buffer(4)]], constant EpilogueShape& epilogue [[buffer(5)]],
-                    uint2 tgid [[threadgroup_position_in_grid]], uint tid [[thread_index_in_threadgroup]],
-                    uint2 size [[threads_per_threadgroup]]) {
+                    constant float& scale [[buffer(6)]], uint2 tgid [[threadgroup_position_in_grid]],
+                    uint tid [[thread_index_in_threadgroup]], uint2 size [[threads_per_threadgroup]]) {
     const uint width = uint(shape.width), begin = tgid.x * uint(shape.run);
-    const EpilogueArguments<T> more = {bias, other, width, epilogue.scale};
+    const EpilogueArguments<T> more = {bias, other, width, scale};
     const AnyEpilogue<T> finish(more, epilogue);
     const uint end = min(begin + uint(shape.run), width), stride = kSimdWidth == 1 ? 1 : size.x;
     const ulong row = ulong(tgid.y) * width;

@@ -15,7 +15,6 @@ struct EpilogueShape {
     long act;  // in the order of ops/epilogue.py
     long bias; // there is one
     long join;
-    float scale;
 };
 
 // What an epilogue reads: bias [N], other [M, N].
