@@ -111,10 +111,8 @@ EXAMPLES = {
             "struct P { long n; long m; };\nkernel void k(device float* y [[buffer(0)]], constant P& p [[buffer(1)]]) { y[p.n] = p.m; }\n",
         ),
         (
-            "struct O { float a; }; struct P { long n; O o; };\n"
-            "kernel void k(device float* y [[buffer(0)]], constant P& p [[buffer(1)]]) { y[p.n] = p.o.a; }\n",
-            "struct O { long a; }; struct P { long n; O o; };\n"
-            "kernel void k(device float* y [[buffer(0)]], constant P& p [[buffer(1)]]) { y[p.n] = p.o.a; }\n",
+            "struct O { float a; }; struct P { long n; O o; };\nkernel void k(device float* y [[buffer(0)]], constant P& p [[buffer(1)]]) { y[p.n] = p.o.a; }\n",
+            "struct O { long a; }; struct P { long n; O o; };\nkernel void k(device float* y [[buffer(0)]], constant P& p [[buffer(1)]]) { y[p.n] = p.o.a; }\n",
         ),
     ],
 }
