@@ -37,7 +37,6 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
         kCopies = kSlot / 16 / kSimdWidth,
         kStage = kTokens * 2 * kBlock, // bytes of a block of x
         kSums = kTokens / 2,
-        kNarrow = Pair::kMantissa == 10,
         kYStride = 2 * kRows + 16
     };
     static_assert(kGroupsN * kGroupsK == 2, "WgmmaGemm: two groups");
@@ -50,9 +49,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
         uchar queues[kSimdgroups * kDepth * kSlot];
         ulong full[kStages], empty[kStages];
     };
-    // Of two rows: one scale a block, or one for every 16 k.
-    template <bool kFine> struct Scales {
-        enum : uint { kRuns = kFine ? 4 : 1 };
+    // Of two rows: kRuns scales a block, for 64, 32 or 16 k each.
+    template <uint kRuns> struct Scales {
         float scales[2][kRuns], shifts[2][kRuns], offsets[2][kRuns];
     };
     struct Place {
@@ -117,25 +115,25 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
         for (uint h = 0; h < 2; ++h) {
             const typename W::Row row = a.row(min(at.row + 8 * h, a.N - 1));
             uint most = 0;
-            for (uint g = at.lane % 4; kNarrow && g < a.groups; g += 4) {
+            for (uint g = at.lane % 4; g < a.groups; g += 4) {
                 most = max(most, as_type<uint>(float(W::Scale::value(row.scales[g]))) & 0x7f800000u);
                 if (W::kBias) most = max(most, as_type<uint>(float(row.group(g).bias)) & 0x7f800000u);
             }
             most = max(most, simd_shuffle_xor(most, ushort(1)));
             most = min(max(most, simd_shuffle_xor(most, ushort(2))), 252u << 23);
-            at.power[h] = kNarrow ? as_type<float>(most + (1u << 23)) : 1.0f;
-            at.inverse[h] = kNarrow ? as_type<float>((253u << 23) - most) : 1.0f;
+            at.power[h] = as_type<float>(most + (1u << 23));
+            at.inverse[h] = as_type<float>((253u << 23) - most);
         }
     }
 
-    template <bool kFine>
-    static void fetch(thread const Arguments& a, thread const Place& at, uint k, thread Scales<kFine>& s) {
+    template <uint kRuns>
+    static void fetch(thread const Arguments& a, thread const Place& at, uint k, thread Scales<kRuns>& s) {
 #pragma unroll
         for (uint h = 0; h < 2; ++h) {
             const typename W::Row row = a.row(min(at.row + 8 * h, a.N - 1));
 #pragma unroll
-            for (uint run = 0; run < Scales<kFine>::kRuns; ++run) {
-                const uint g = a.group(k + 16 * run);
+            for (uint run = 0; run < kRuns; ++run) {
+                const uint g = a.group(k + kBlock / kRuns * run);
                 s.scales[h][run] = W::Scale::value(row.scales[g]);
                 if (W::kAffine) {
                     const typename W::Group group = row.group(g);
@@ -147,10 +145,10 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
     }
 
     // The lane's left operands of a block, four steps of 16 k.
-    template <bool kFine>
-    static void decode(thread const Place& at, uint from, thread const Scales<kFine>& s,
+    template <uint kRuns>
+    static void decode(thread const Place& at, uint from, thread const Scales<kRuns>& s,
                        thread uint (&left)[4][4]) {
-        enum : uint { kRuns = Scales<kFine>::kRuns, kWords = kBlock / kPerWord };
+        enum : uint { kWords = kBlock / kPerWord };
 #pragma unroll
         for (uint h = 0; h < 2; ++h) {
             uint words[kWords], scales[kRuns], shifts[kRuns], offsets[kRuns];
@@ -176,7 +174,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
 #pragma unroll
                 for (uint j = 0; j < kPerWord / 2; ++j) {
                     const uint eight = i * kPerWord / 8 + j; // of k
-                    const uint step = eight / 2, run = kFine ? step : 0;
+                    const uint step = eight / 2, run = step * kRuns / 4;
                     if (W::kZero) w[j] = Pair::plus(w[j], shifts[run]);
                     left[step][eight % 2 * 2 + h] = W::kBias ? Pair::fma(w[j], scales[run], offsets[run])
                                                              : Pair::times(w[j], scales[run]);
@@ -186,16 +184,16 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
     }
 
     // A block. The instructions of the block before may still be running: they read the other left operands.
-    template <bool kFine>
+    template <uint kRuns>
     static void step(thread const Arguments& a, thread const Place& at, thread Turn& turn,
-                     thread Ahead& ahead, thread Scales<kFine>& scales, thread uint (&left)[4][4],
+                     thread Ahead& ahead, thread Scales<kRuns>& scales, thread uint (&left)[4][4],
                      thread float (&d)[kSums]) {
-        const Scales<kFine> s = scales;
-        fetch<kFine>(a, at, turn.k + 2 * kStride, scales);
+        const Scales<kRuns> s = scales;
+        fetch<kRuns>(a, at, turn.k + 2 * kStride, scales);
         AsyncCopy::wait<kDepth - 2>();
         simdgroup_barrier(mem_flags::mem_threadgroup); // the slot of the block before has been read
         ask(a, at, ahead);
-        decode<kFine>(at, at.from + turn.slot * kSlot, s, left);
+        decode<kRuns>(at, at.from + turn.slot * kSlot, s, left);
         PhaseBarrier::wait(at.full + turn.stage * 8, turn.parity);
         WgmmaGroup::fence();
 #pragma unroll
@@ -220,7 +218,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
         if (turn.stage >= kStages) turn.stage -= kStages, turn.parity ^= 1;
     }
 
-    template <bool kFine>
+    template <uint kRuns>
     static void sum(thread const Arguments& a, thread Place& at, thread float (&d)[kSums]) {
         if (at.leads) {
 #pragma unroll
@@ -232,14 +230,14 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
 #pragma unroll
         for (uint i = 0; i < kDepth - 1; ++i) ask(a, at, ahead);
         normalise(a, at);
-        Scales<kFine> scales[2];
-        fetch<kFine>(a, at, at.k, scales[0]);
-        fetch<kFine>(a, at, at.k + kStride, scales[1]);
+        Scales<kRuns> scales[2];
+        fetch<kRuns>(a, at, at.k, scales[0]);
+        fetch<kRuns>(a, at, at.k + kStride, scales[1]);
         Turn turn = {at.k, at.stage, 0, 0};
         uint left[2][4][4];
         while (turn.k < at.end) { // a block behind K is all zeros
-            step<kFine>(a, at, turn, ahead, scales[0], left[0], d);
-            step<kFine>(a, at, turn, ahead, scales[1], left[1], d);
+            step<kRuns>(a, at, turn, ahead, scales[0], left[0], d);
+            step<kRuns>(a, at, turn, ahead, scales[1], left[1], d);
         }
         WgmmaGroup::wait<0>();
         Wgmma<T, kTokens>::hold(d);
@@ -345,10 +343,12 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct W
         float d[kSums];
 #pragma unroll
         for (uint i = 0; i < kSums; ++i) d[i] = 0;
-        if ((1u << a.shift) < kBlock) {
-            sum<true>(a, at, d);
+        if (a.shift >= 6) {
+            sum<1>(a, at, d);
+        } else if (a.shift == 5) {
+            sum<2>(a, at, d);
         } else {
-            sum<false>(a, at, d);
+            sum<4>(a, at, d);
         }
         // the second half of k, register by register
         const uint parts = (kGroupsK - 1) * kSums * 128 * 4, group = where.sgid / 4;
