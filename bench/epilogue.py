@@ -52,7 +52,7 @@ def candidates(case: ops.Case, device: str, sets: int) -> dict[str, Candidate]:
     x, codes, scales, bias, other = data[0]
     wanted = ops.linear_epilogue_ref(x, codes, scales, case.group, **case.options(bias, other))
     found: dict[str, Candidate] = {
-        "marlin_gemm_fused_fp4_epilogue_fc": fused(None),
+        "marlin_gemm_fused_fp4_epilogue_fc": fused("marlin_gemm_fused_fp4_epilogue_fc"),
         "marlin_gemm_fused_fp4_epilogue": fused("marlin_gemm_fused_fp4_epilogue"),
         "linear, epilogue_standalone": two,
     }

@@ -12,6 +12,7 @@ import torch
 from metal_marlin.errors import ArgumentError
 from metal_marlin.ops import product
 from metal_marlin.ops.activation import ACTIVATIONS
+from metal_marlin.ops.linear import linear
 from metal_marlin.ops.marlin_gemm import Case as Product
 from metal_marlin.ops.marlin_gemm import plan as gemm_plan
 from metal_marlin.ops.spec import Check, OpSpec, worst
@@ -139,12 +140,13 @@ def linear_epilogue(
     scale: float = 1.0,
     kernel: str | None = None,
 ) -> torch.Tensor:
-    """y [..., N] of v = act(x · Wᵀ + bias): v itself, residual + scale · v, or v · gate; FP4 weights, one launch.
+    """y [..., N] of v = act(x · Wᵀ + bias): v itself, residual + scale · v, or v · gate; FP4 weights.
 
     x [..., K] half or bfloat16, contiguous; codes and scales (x's dtype) as ``marlin_gemm``'s. activation: "none" or
     one of ``metal_marlin.activation``'s. bias [N]; residual, gate: x's dtype, shape of y. Sums and the epilogue are
-    float32, y is rounded once. kernel: "marlin_gemm_fused_fp4_epilogue" takes any epilogue by arguments; by default it
-    is compiled in.
+    float32, y is rounded once. kernel: "marlin_gemm_fused_fp4_epilogue_fc", where the epilogue is compiled in, or
+    "marlin_gemm_fused_fp4_epilogue", which takes any by arguments; None: the first, but on cuda ``linear`` and
+    ``epilogue``, which measured faster there (the product is rounded in between).
     Not differentiable. Raises ArgumentError naming the argument and the numbers.
     """
     join = _joined("linear_epilogue", residual, gate)
@@ -175,6 +177,9 @@ def _new_linear(
     if out.numel() == 0:
         return out
     kind = plan_kind(x.device.type)
+    if kind == "cuda" and kernel is None:
+        linear(x, codes, scales, group_size, out=out)
+        return _new(out, activation, bias, other, join, scale)
     pool = torch.get_num_threads() if kind == "cpu" else 1
     p = gemm_plan(M, N, K, x.dtype, x.dtype, kind, pool=pool, kernel=_FUSED)
     aligned = int(K % 32 == 0 and on_16_bytes(x, codes))
