@@ -210,7 +210,8 @@ def _product(
 def _row_case(name: str) -> tuple[Case, str]:
     base, _, key = name.partition("__t")
     dtype = {word: dtype for dtype, word in KEYS.items()}[key or "half"]
-    return Case(9, 37, 264, 64, dtype), SPLIT[1] if base == "marlin_zero_reduction" else base
+    of = {"marlin_zero_reduction": SPLIT[1], "dense_splitk_reduce": SPLIT[0]}
+    return Case(9, 37, 264, 64, dtype), of.get(base, base)
 
 
 OP = (

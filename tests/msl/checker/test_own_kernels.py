@@ -47,7 +47,8 @@ def test_a_row_of_every_kernel_is_clean(file: str) -> None:
                 case, kernel = spec.row_case(name)
                 selfcheck._one(spec, case, "cpu", kernel, results[0], name)
         else:
-            small = [case for case in spec.cases if getattr(case, "dtype", None) == torch.float16]
+            halves = [case for case in spec.cases if getattr(case, "dtype", None) == torch.float16]
+            small = [case for case in halves if not getattr(case, "model", False)]
             for case in small:
                 selfcheck._one(spec, case, "cpu", None, results[0])
         assert not results[0].failures
