@@ -12,7 +12,7 @@ from metal_marlin.ops.linear_decode_cases import Case
 from metal_marlin.ops.product import check, product_ref, register
 from metal_marlin.ops.selfcheck import product_check
 from metal_marlin.ops.spec import Check, OpSpec, worst
-from metal_marlin.ops.weights import KEYS, library, on_16_bytes, row_name
+from metal_marlin.ops.weights import KEYS, library, on_16_bytes, read_row, row_name
 from metal_marlin.runtime.dispatch import dispatch_kernel
 
 FAMILY = "dense_gemm.metal"
@@ -207,9 +207,13 @@ def _product(
     return linear_split(x, codes, scales, group, kernel=kernel)
 
 
+def _dense_row_case(name: str) -> tuple[DenseCase, str]:
+    base, dtype, _, _ = read_row(name)
+    return DenseCase(9, 33, 77, dtype), base
+
+
 def _row_case(name: str) -> tuple[Case, str]:
-    base, _, key = name.partition("__t")
-    dtype = {word: dtype for dtype, word in KEYS.items()}[key or "half"]
+    base, dtype, _, _ = read_row(name)
     of = {"marlin_zero_reduction": SPLIT[1], "dense_splitk_reduce": SPLIT[0]}
     return Case(9, 37, 264, 64, dtype), of.get(base, base)
 
@@ -223,6 +227,7 @@ OP = (
         "bench/dense.py",
         ("dense_gemm", "dense_gemm__*", "marlin_gemm_fp16_*"),
         _compare,
+        _dense_row_case,
     ),
     OpSpec(
         "linear_split",
