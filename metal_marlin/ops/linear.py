@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from metal_marlin.errors import ArgumentError
+from metal_marlin.formats import codec
 from metal_marlin.ops import linear_decode as _decode
 from metal_marlin.ops import marlin_gemm as _gemm
 from metal_marlin.ops import tuned
@@ -29,6 +30,12 @@ _ROWS_TO_SHARE = 8192  # of W, from which on a tile reads x so much less often t
 linear_ref = product_ref
 
 
+def _again(M: int, dtype: torch.dtype, format: str) -> bool:
+    """Whether a cpu should read W again for every 8 tokens (measured: twice, if the second time is for some of them;
+    more often where an instruction multiplies bfloats, which the GEMM does not use)."""
+    return M <= 32 if dtype == torch.bfloat16 and codec(format).bits == 4 else 12 <= M <= 16
+
+
 @functools.lru_cache(maxsize=4096)
 def plan(
     M: int,
@@ -47,7 +54,8 @@ def plan(
     if kernel is not None:
         return op_of(kernel)
     if device != "cuda" or dtype == torch.float32:
-        return "linear_decode" if FEW_TOKENS.get(device, 8) >= M else "marlin_gemm"
+        decode = FEW_TOKENS.get(device, 8) >= M or (device == "cpu" and _again(M, dtype, format))
+        return "linear_decode" if decode else "marlin_gemm"
     tiles = K % 32 == 0 and has_tiles(dtype, scale_dtype, format)
     few = _LIBRARY_PLAIN - 1 if not tiles else 8 if N < _ROWS_TO_SHARE else 1
     if few >= M:
