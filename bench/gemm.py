@@ -30,11 +30,15 @@ from common import (
 from peers import has_int4pack, int4pack
 
 from metal_marlin.formats import CODECS, codec
-from metal_marlin.ops.gemm_tiles import TILES, has_tiles
+from metal_marlin.ops import packed_tiles
+from metal_marlin.ops.gemm_tiles import TILES, Tile, has_tiles
 from metal_marlin.ops.linear import linear
 from metal_marlin.ops.marlin_gemm import CASES, Case
+from metal_marlin.ops.packed import FORMATS, has_rows, linear_packed
+from metal_marlin.quant import QuantizedTensor, prepack
 
 DTYPES = {"half": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+PACKED = {f"packed_gemm_{form}__m{name}": tile for form in FORMATS for name, tile in packed_tiles.TILES.items()}
 LIMITS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
 GOAL = {"cpu": 0.5, "cuda": 0.3}  # share of dense at 128 tokens and more; the second without wgmma
 
@@ -55,11 +59,47 @@ def tiles(case: Case) -> list[str]:
     """Rows whose tiles are not much too large or too small."""
     if not has_tiles(case.dtype, case.scales_in, case.format):
         return []
-    return [f"marlin_gemm_{case.format}__m{t}" for t in TILES.values() if case.M / 4 <= t.tokens <= 4 * case.M]
+    found = [f"marlin_gemm_{case.format}__m{t}" for t in TILES.values() if case.M / 4 <= t.tokens <= 4 * case.M]
+    return found + [k for k in PACKED if k.startswith(f"packed_gemm_{case.format}_") and suits(PACKED[k], case.M)]
+
+
+def suits(tile: Tile, M: int) -> bool:
+    """Whether it is not much too large or too small."""
+    return tile.tokens <= max(8, 4 * M) and (tile.tokens >= M / 4 or tile.tokens >= 128)
 
 
 def group_of(name: str, group: int) -> int:
     return {"mxfp4": 32, "nvfp4": 16}.get(name, group)
+
+
+def has_packed(case: Case, device: str) -> bool:
+    """Whether layers would hold W in operand order."""
+    hopper = device.startswith("cuda") and torch.cuda.get_device_capability(device) == (9, 0)
+    return hopper and has_rows(case.dtype, case.scales_in, case.format) and case.N % 16 == case.K % 64 == 0
+
+
+def packed_of(case: Case, data: tuple[torch.Tensor | None, ...]) -> QuantizedTensor:
+    _, codes, scales, extra = data
+    return prepack(
+        QuantizedTensor(codes, scales, extra, case.format, case.group, case.zeros, (case.N, case.K)), "mma16"
+    )
+
+
+def packed(
+    kernel: str,
+    case: Case,
+    data: list[tuple[torch.Tensor, ...]],
+    weights: list[QuantizedTensor],
+    outs: list[torch.Tensor],
+) -> Candidate:
+    asked = None if kernel == "linear_packed" else kernel
+
+    def run(i: int) -> None:
+        w = weights[i]
+        more = {"format": case.format, "zeros": w.kernel_zeros, "extra": w.extra, "kernel": asked, "out": outs[i]}
+        linear_packed(data[i][0], w.codes, w.scales, w.powers, case.group, **more)
+
+    return run
 
 
 def candidates(case: Case, device: str, sets: int, kernels: list[str]) -> tuple[dict[str, Candidate], float]:
@@ -76,7 +116,12 @@ def candidates(case: Case, device: str, sets: int, kernels: list[str]) -> tuple[
 
         return run
 
-    found: dict[str, Candidate] = {"linear": ours(None), **{k: ours(k) for k in kernels}}
+    found: dict[str, Candidate] = {"linear": ours(None), **{k: ours(k) for k in kernels if k not in PACKED}}
+    if has_packed(case, device):
+        weights = [packed_of(case, d) for d in data]
+        found |= {
+            k: packed(k, case, data, weights, outs) for k in ("linear_packed", *(k for k in kernels if k in PACKED))
+        }
     dense = [form.decode(*d[1:], case.group, case.zeros, case.dtype) for d in data[:2]]
     error = 0.0
     for i in {0, min(1, sets - 1)}:
@@ -86,7 +131,7 @@ def candidates(case: Case, device: str, sets: int, kernels: list[str]) -> tuple[
             call(i)
             synchronize(device)
             error = max(error, require_correct(f"{case} {name}", outs[i], wanted, LIMITS[case.dtype]))
-    if device.startswith("cuda") and has_int4pack(case.N, case.K, device):
+    if device.startswith("cuda") and case.M <= 256 and has_int4pack(case.N, case.K, device):
         found["int4pack"] = int4pack(case.M, case.N, case.K, device, sets)[0]
     found["dense"] = lambda i: torch.matmul(data[i][0], dense[i % len(dense)].T, out=outs[i])
     return found, error

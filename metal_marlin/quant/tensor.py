@@ -27,7 +27,8 @@ class QuantizedTensor:
     """W [N, K] as codes int32 [N, words], scales and extra (see ``metal_marlin.formats``).
 
     ``shape`` is logical: codes may hold a few more columns (zeros) where K does not fill a word. ``layout``: order of
-    the code words. Raises ArgumentError for tensors that do not belong together.
+    the tensors (quant/layouts.py), ``powers`` what a layout adds to them. Raises ArgumentError for tensors that do not
+    belong together.
     """
 
     codes: torch.Tensor
@@ -38,6 +39,7 @@ class QuantizedTensor:
     zeros: str
     shape: tuple[int, int]
     layout: str = CANONICAL
+    powers: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         form, (N, K) = codec(self.format), self.shape
@@ -49,7 +51,8 @@ class QuantizedTensor:
             )
         form.check(self.padded, self.group_size)
         form.check_zeros(self.zeros)
-        form.check_tensors(N, form.groups_of(self.padded, self.group_size), self.scales, self.extra, self.zeros)
+        groups = form.groups_of(self.padded, self.group_size)
+        form.check_tensors(N, groups, self.scales, self.extra, self.kernel_zeros)
         places = {str(t.device) for t in self._present().values()}
         if len(places) > 1:
             raise ArgumentError(f"codes, scales and extra are on {', '.join(sorted(places))}; they need one device")
@@ -58,6 +61,11 @@ class QuantizedTensor:
     def padded(self) -> int:
         """Columns that the codes hold: K rounded up to what fills whole words."""
         return codec(self.format).columns(int(self.codes.shape[1]))
+
+    @property
+    def kernel_zeros(self) -> str:
+        """What kernels find in ``extra``: layouts have a number for each packed zero."""
+        return "point" if self.zeros == "packed" and self.layout != CANONICAL else self.zeros
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +91,7 @@ class QuantizedTensor:
         )
 
     def _present(self) -> dict[str, torch.Tensor]:
-        fields = {"codes": self.codes, "scales": self.scales, "extra": self.extra}
+        fields = {"codes": self.codes, "scales": self.scales, "extra": self.extra, "powers": self.powers}
         return {name: t for name, t in fields.items() if t is not None}
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
@@ -123,11 +131,12 @@ class QuantizedTensor:
         return out
 
     def __getitem__(self, rows: slice) -> QuantizedTensor:
-        """Rows a:b of N, as views. Raises ArgumentError for anything but a slice of step 1."""
+        """Rows a:b of N, as views. Raises ArgumentError for anything but a slice of step 1, of a layout's strips."""
         if not isinstance(rows, slice) or rows.step not in (None, 1):
             raise ArgumentError(f"index {rows!r}; a QuantizedTensor takes [a:b], rows of N with step 1")
-        self.canonical("slicing")
         first, last, _ = rows.indices(self.shape[0])
+        if first % 16 or last % 16:  # a strip of layouts is in one piece
+            self.canonical("slicing")
         last = max(first, last)
         whole = self.extra is None or codec(self.format).scale_kind == "e4m3"  # one scale of the whole tensor
         extra = self.extra if whole else self.extra[first:last]  # type: ignore[index]
@@ -137,6 +146,7 @@ class QuantizedTensor:
             scales=self.scales[first:last],
             extra=extra,
             shape=(last - first, self.shape[1]),
+            powers=None if self.powers is None else self.powers[first:last],
         )
 
     def equal(self, other: QuantizedTensor) -> bool:

@@ -41,6 +41,10 @@ _CUBIN_TAG = "driver"
 _CONFIG = struct.Struct("<7I4xQQI4x")
 _put_stream = struct.Struct("<Q").pack_into
 _STREAM_AT = 32
+# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: a launch starts while the one before it ends, if that one lets
+# it, and waits for what it wrote by griddepcontrol.wait. Of kernels that have the instruction.
+_EARLY = ctypes.create_string_buffer(struct.pack("<I4xI60x", 6, 1), 72)
+_WAITS = b"griddepcontrol.wait"
 
 Dim3 = tuple[int, int, int]
 Values = Sequence[int | bytes]
@@ -152,6 +156,7 @@ class Executable:
         self._variants: dict[int, tuple[c_void_p, dict[str, int]]] = {}
         self._shared_allowed: dict[int, int] = {}
         self._current_device, self._current_stream = _torch_state()
+        self._early = _WAITS in row.binary
         self._kinds = tuple(map(self._kind, row.meta.params))
         self._format, self._offsets = _layout(row, entry, self._kinds)
         self._pack = struct.Struct("<" + " ".join(self._format[1:].split()[: len(self._kinds)])).pack_into
@@ -232,7 +237,8 @@ class Executable:
             self._allow_shared(function, shared)
             zeros = [b"" if kind == "value" else 0 for kind in self._kinds]
             params = struct.pack(self._format, *zeros, *offsets, *(threads if self._meta.tails else ()))
-            plan = _Plan(function, _CONFIG.pack(*grid, *tptg, shared, 0, 0, 0), params, self._offsets)
+            attributes = (ctypes.addressof(_EARLY), 1) if self._early else (0, 0)
+            plan = _Plan(function, _CONFIG.pack(*grid, *tptg, shared, 0, *attributes), params, self._offsets)
             if len(self._plans) >= _PLANS_KEPT:
                 self._plans.clear()
             self._plans[key] = plan

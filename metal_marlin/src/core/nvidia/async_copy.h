@@ -31,6 +31,21 @@ static inline uint shared_load4(uint at) {
     __asm__ volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
     return v;
 }
+static inline uint shared_load2(uint at) {
+    ushort v;
+    __asm__ volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at) : "memory");
+    return v;
+}
+static inline void shared_store(uint at, float v) {
+    __asm__ volatile("st.shared.f32 [%0], %1;" : : "r"(at), "f"(v) : "memory");
+}
+// Four matrices of 8 x 8 numbers of 16 bits, each transposed.
+static inline void shared_transposed(uint at, thread const uint (&v)[4]) {
+    __asm__ volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
+                     :
+                     : "r"(at), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+                     : "memory");
+}
 static inline uint2 shared_load8(uint at) {
     uint v[2];
     __asm__ volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(at) : "memory");

@@ -14,6 +14,21 @@ template <uint kCount> struct Cluster {
         __asm__("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
         return there;
     }
+    static float4 load4(uint at) {
+        float v[4];
+        if (kCount == 1) {
+            __asm__ volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+                             : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+                             : "r"(at)
+                             : "memory");
+        } else {
+            __asm__ volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+                             : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+                             : "r"(at)
+                             : "memory");
+        }
+        return float4(v[0], v[1], v[2], v[3]);
+    }
     // From an address, or from this threadgroup's own memory where it is alone.
     static float load(uint at) {
         float v;

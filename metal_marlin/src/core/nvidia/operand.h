@@ -93,26 +93,31 @@ struct MmaPlain {
 };
 
 // The bits of 1024 + q, or of 1024 + 16 q; of a bfloat 128 + q.
-template <> struct MmaDecode<INT4, half> : MmaPlain {
+template <typename T, uint kMiddle> struct MmaNibbles;
+template <uint kMiddle> struct MmaNibbles<half, kMiddle> : MmaPlain {
     static void pairs(uint word, thread uint (&w)[4]) {
 #pragma unroll
         for (uint i = 0; i < 2; ++i) {
             const uint t = word >> (8 * i);
-            w[2 * i] = MmaPair<half>::minus((t & 0x000f000fu) | 0x64006400u, 0x64086408u);
-            w[2 * i + 1] = MmaPair<half>::fma((t & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u);
+            w[2 * i] = MmaPair<half>::minus((t & 0x000f000fu) | 0x64006400u, 0x64006400u | kMiddle * 0x10001u);
+            w[2 * i + 1] = MmaPair<half>::fma((t & 0x00f000f0u) | 0x64006400u, 0x2c002c00u,
+                                              0xd400d400u | kMiddle * 0x100010u);
         }
     }
 };
-template <> struct MmaDecode<INT4, bfloat> : MmaPlain {
+template <uint kMiddle> struct MmaNibbles<bfloat, kMiddle> : MmaPlain {
     static void pairs(uint word, thread uint (&w)[4]) {
 #pragma unroll
         for (uint i = 0; i < 4; ++i) {
-            w[i] = MmaPair<bfloat>::minus(((word >> (4 * i)) & 0x000f000fu) | 0x43004300u, 0x43084308u);
+            w[i] = MmaPair<bfloat>::minus(((word >> (4 * i)) & 0x000f000fu) | 0x43004300u,
+                                          0x43004300u | kMiddle * 0x10001u);
         }
     }
 };
-template <> struct MmaDecode<UINT4, half> : MmaDecode<INT4, half> {};
-template <> struct MmaDecode<UINT4, bfloat> : MmaDecode<INT4, bfloat> {};
+template <> struct MmaDecode<INT4, half> : MmaNibbles<half, 8> {};
+template <> struct MmaDecode<INT4, bfloat> : MmaNibbles<bfloat, 8> {};
+template <> struct MmaDecode<UINT4, half> : MmaNibbles<half, 8> {};
+template <> struct MmaDecode<UINT4, bfloat> : MmaNibbles<bfloat, 8> {};
 
 // Eight codes q of two or three bits as 2 * q - kTwice. Those of a pair are brought to the same bits of both halves, as
 // many next to one another as a mantissa holds. There, bits from kAt on are 2^kMantissa + q * 2^kAt with an exponent
@@ -166,12 +171,12 @@ template <> struct MmaDecode<NF3, half> : MmaNormal<half> {};
 template <> struct MmaDecode<NF3, bfloat> : MmaNormal<bfloat> {};
 
 // 1024 + u with u = q + 128 of a signed byte.
-template <uint kFlip> struct MmaBytes : MmaPlain {
+template <uint kFlip, uint kMiddle = 128> struct MmaBytes : MmaPlain {
     static void pairs(uint word, thread uint (&w)[2]) {
 #pragma unroll
         for (uint i = 0; i < 2; ++i) {
             const uint u = ((word >> (8 * i)) & 0x00ff00ffu) ^ (0x64006400u | kFlip << 16 | kFlip);
-            w[i] = MmaPair<half>::minus(u, 0x64806480u);
+            w[i] = MmaPair<half>::minus(u, 0x64006400u | kMiddle * 0x10001u);
         }
     }
 };
@@ -233,8 +238,15 @@ template <> struct MmaDecode<FP8E4M3, bfloat> : MmaPlain {
     }
 };
 
-// A word's codes 2 * i and 2 * i + 1 as pair i: neighbours along k; values times 1 / kUnit. Unsigned codes are themselves:
-// zeros that are no whole numbers are taken from them, and that is rounded once.
+// Like MmaDecode, but unsigned codes are themselves: zeros that are no whole numbers are taken from them, and that is
+// rounded once.
+template <typename Format, typename T> struct MmaCodes : MmaDecode<Format, T> {};
+template <typename T> struct MmaCodes<UINT4, T> : MmaNibbles<T, 0> {};
+template <> struct MmaCodes<UINT8, half> : MmaBytes<0, 0> {};
+template <> struct MmaCodes<UINT8, bfloat> : MmaWideBytes<0, 0> {};
+
+// A word's codes 2 * i and 2 * i + 1 as pair i: neighbours along k; values times 1 / kUnit. Unsigned codes are
+// themselves, as above.
 template <typename Format, typename T> struct MmaNeighbours {
     static constexpr float kUnit = MmaDecode<Format, T>::kUnit;
     static void pairs(uint word, thread uint (&w)[Format::kPerWord / 2]) {

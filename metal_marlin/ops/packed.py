@@ -1,0 +1,297 @@
+"""linear_packed: y = x · Wᵀ with W in operand order, for any number of tokens."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from metal_marlin.errors import ArgumentError
+from metal_marlin.formats import codec
+from metal_marlin.ops import product
+from metal_marlin.ops.linear_decode_cases import Case
+from metal_marlin.ops.packed_tiles import DEPTHS, TILES, fastest
+from metal_marlin.ops.selfcheck import product_check
+from metal_marlin.ops.spec import Check, OpSpec
+from metal_marlin.ops.weights import library, read_row, row_name
+from metal_marlin.runtime.dispatch import dispatch_kernel
+from metal_marlin.runtime.tensor_map import NONE, blocked_map, group_map, strip_map
+
+FAMILY = "packed_gemm.metal"
+FORMATS = ("fp4", "mxfp4", "nvfp4", "int4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call runs: row, grid, threads, its tile."""
+
+    kernel: str
+    threadgroups: tuple[int, int, int]
+    threads: int
+    tile: str
+
+
+def has_rows(dtype: torch.dtype, scale_dtype: torch.dtype, format: str) -> bool:
+    """Whether there are rows for x and scales of these dtypes."""
+    if format not in FORMATS or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return codec(format).scale_kind != "float" or dtype == scale_dtype
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    format: str = "fp4",
+    zeros: str = "none",
+    kernel: str | None = None,
+) -> Plan:
+    """The row and grid for x [M, K]; ``kernel`` asks for a tile, such as "packed_gemm_fp4__m32x8".
+    Raises ArgumentError for what has no row."""
+    base, _, tile = (kernel or f"packed_gemm_{format}").partition("__m")
+    if not has_rows(dtype, scale_dtype, format) or zeros == "packed":
+        raise ArgumentError(
+            f"linear_packed: x is {dtype}, scales {scale_dtype}, format {format!r}, zeros {zeros!r}; it takes "
+            f"torch.float16 and torch.bfloat16, scales alike, {', '.join(FORMATS)}, zeros none, point and bias"
+        )
+    if base != f"packed_gemm_{format}" or (tile and tile not in TILES):
+        raise ArgumentError(
+            f"linear_packed: kernel is {kernel!r}; tiles of packed_gemm_{format} are {', '.join(TILES)}"
+        )
+    tile = tile or fastest(M, N, K)
+    t = TILES[tile]
+    row = row_name("linear_packed", base, (base,), dtype, scale_dtype, format, zeros, tile)
+    return Plan(row, (-(-N // t.rows), -(-M // t.tokens), t.parts), t.threads, tile)
+
+
+def linear_packed_ref(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    powers: torch.Tensor,
+    group_size: int,
+    *,
+    format: str = "fp4",
+    zeros: str = "none",
+    extra: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The meaning, in float64: the weights back in canonical order, decoded."""
+    weight = _weight(codes, scales, powers, extra, format, zeros, group_size)
+    return product.product_ref(
+        x, weight.codes, weight.scales, group_size, format=format, zeros=zeros, extra=weight.extra
+    )
+
+
+def _weight(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    powers: torch.Tensor,
+    extra: torch.Tensor | None,
+    format: str,
+    zeros: str,
+    group_size: int,
+) -> Any:
+    from metal_marlin.quant.layouts import MMA16, unpack
+    from metal_marlin.quant.tensor import QuantizedTensor
+
+    shape = (codes.shape[0], codec(format).columns(codes.shape[1]))
+    return unpack(QuantizedTensor(codes, scales, extra, format, group_size, zeros, shape, MMA16, powers))
+
+
+def linear_packed(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    powers: torch.Tensor,
+    group_size: int,
+    *,
+    format: str = "fp4",
+    zeros: str = "none",
+    extra: torch.Tensor | None = None,
+    kernel: str | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y [..., N] = x [..., K] · Wᵀ with weights that ``metal_marlin.quant.prepack(…, "mma16")`` made.
+
+    x: half or bfloat16, contiguous, K a multiple of 64. codes, scales (x's dtype, or bytes), powers and extra: the
+    packed tensor's; zeros: its ``kernel_zeros``. kernel: a tile, for measurements; out: where to write. Sums are
+    float32, y is rounded once. Made for CUDA devices of compute capability 9.0; others compute it by plain code.
+    Differentiable in x (not with ``out``): the gradient is that of the decoded weights.
+    Raises ArgumentError naming the argument and the numbers.
+    """
+    differentiated = x.requires_grad and torch.is_grad_enabled()
+    args = (x, codes, scales, powers, extra, format, zeros, group_size, kernel)
+    if out is not None and differentiated:
+        raise ArgumentError("linear_packed: out is given, and x requires a gradient, which flows through new tensors")
+    if type(x) is torch.Tensor and not differentiated and not torch.compiler.is_compiling():
+        out = x.new_empty((*x.shape[:-1], codes.shape[0])) if out is None else out
+        _run(*args, out)  # without torch's dispatcher, which costs as much as a small kernel
+        return out
+    if out is None:
+        return torch.ops.metal_marlin.linear_packed(*args)
+    torch.ops.metal_marlin.linear_packed_out(*args, out)
+    return out
+
+
+def _check(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    powers: torch.Tensor,
+    extra: torch.Tensor | None,
+    format: str,
+    zeros: str,
+    group_size: int,
+    out: torch.Tensor | None = None,
+) -> tuple[int, int, int]:
+    M, N, K = product.check("linear_packed", x, codes, scales, extra, format, zeros, group_size, out)
+    if N % 16 or K % 64:
+        raise ArgumentError(f"linear_packed: W is [{N}, {K}]; the layout takes N % 16 = 0 and K % 64 = 0")
+    if powers.shape != (N,) or powers.dtype != torch.float32:
+        raise ArgumentError(
+            f"linear_packed: powers is {powers.dtype} {tuple(powers.shape)}; needs torch.float32 {(N,)}"
+        )
+    return M, N, K
+
+
+def _by_group(rows: torch.Tensor) -> torch.Tensor:
+    """[groups, N], contiguous; a view of what ``prepack`` made."""
+    return rows.T if rows.T.is_contiguous() else rows.T.contiguous()
+
+
+@functools.lru_cache(maxsize=4096)
+def _maps(
+    tile: str, bits: int, size: int, M: int, N: int, K: int, group: int, x: int, codes: int, scales: int, extra: int
+) -> bytes:
+    """Descriptors of x, codes, scales and extra (0: none) at these addresses; ``size`` of a scale, in bytes."""
+    t, depth = TILES[tile], DEPTHS[tile]
+    held, strips, groups = max(1, depth // group), N // 16, -(-K // group)
+    return b"".join(
+        (
+            blocked_map(x, M, K, t.tokens, depth // 64),
+            strip_map(codes, strips, K // 64, 128 * bits, t.rows // 16, depth // 64),
+            group_map(scales, groups, N * size, t.rows * size, held),
+            group_map(extra, groups, N * size, t.rows * size, held) if extra else NONE,
+        )
+    )
+
+
+def _run(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    powers: torch.Tensor,
+    extra: torch.Tensor | None,
+    format: str,
+    zeros: str,
+    group_size: int,
+    kernel: str | None,
+    out: torch.Tensor,
+) -> None:
+    M, N, K = _check(x, codes, scales, powers, extra, format, zeros, group_size, out)
+    p = plan(max(M, 1), N, K, x.dtype, scales.dtype, format, zeros, kernel)
+    if M == 0 or N == 0:
+        return
+    scales, extra = _by_group(scales), extra if extra is None or zeros == "none" else _by_group(extra)
+    maps = 4 * NONE
+    if x.is_cuda:
+        if x.data_ptr() % 16:
+            x = x.clone()
+        more = extra.data_ptr() if extra is not None and zeros != "none" else 0
+        tensors = (x.data_ptr(), codes.data_ptr(), scales.data_ptr(), more)
+        maps = _maps(p.tile, codec(format).bits, scales.itemsize, M, N, K, group_size, *tensors)
+    tile = TILES[p.tile]
+    shape = {"M": M, "N": N, "K": K, "group": group_size, "rows": tile.rows, "tokens": tile.tokens, "aligned": 1}
+    dispatch_kernel(
+        library(FAMILY, str(x.device)),
+        p.kernel,
+        threadgroups=p.threadgroups,
+        threads_per_threadgroup=p.threads,
+        args=(x, codes, scales, scales if extra is None else extra, powers, out, shape, maps),
+    )
+
+
+def _new(x: torch.Tensor, codes: torch.Tensor, *more: Any) -> torch.Tensor:
+    out = x.new_empty((*x.shape[:-1], codes.shape[0]))
+    _run(x, codes, *more, out)
+    return out
+
+
+def _fake(x: torch.Tensor, codes: torch.Tensor, *more: Any) -> torch.Tensor:
+    _check(x, codes, *more[:-1])
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, codes, scales, powers, extra, *ctx.said, _ = inputs
+    ctx.save_for_backward(codes, scales, powers, extra)
+
+
+def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Of x: grad [..., N] · W [N, K]."""
+    weight = _weight(*ctx.saved_tensors, *ctx.said)
+    return (grad @ weight.dequantize(grad.dtype), *(None,) * 8)
+
+
+_torch = torch.library.Library("metal_marlin", "FRAGMENT")
+_ARGUMENTS = (
+    "Tensor x, Tensor codes, Tensor scales, Tensor powers, Tensor? extra, str format, str zeros, int group_size, "
+    "str? kernel"
+)
+_torch.define(f"linear_packed({_ARGUMENTS}) -> Tensor")
+_torch.define(f"linear_packed_out({_ARGUMENTS}, Tensor(a!) out) -> ()")
+for _device in ("CPU", "CUDA", "MPS"):
+    _torch.impl("linear_packed", _new, _device)
+    _torch.impl("linear_packed_out", _run, _device)
+torch.library.register_fake("metal_marlin::linear_packed", _fake, lib=_torch)
+torch.library.register_fake("metal_marlin::linear_packed_out", lambda *_: None, lib=_torch)
+torch.library.register_autograd("metal_marlin::linear_packed", _gradient, setup_context=_keep)
+
+
+def packed(case: Case, device: str = "cpu") -> tuple[torch.Tensor, Any]:
+    """x and the packed tensor of a case."""
+    from metal_marlin.quant.layouts import MMA16, prepack
+    from metal_marlin.quant.tensor import QuantizedTensor
+
+    x, codes, scales, extra = case.tensors(device)
+    tensor = QuantizedTensor(codes, scales, extra, case.format, case.group, case.zeros, (case.N, case.K))
+    return x, prepack(tensor, MMA16)
+
+
+def _of_case(case: Case, device: str, kernel: str | None) -> Check:
+    def op(x: torch.Tensor, *_: Any, extra: torch.Tensor | None, kernel: str | None, **__: Any) -> torch.Tensor:
+        w = packed(case, device)[1]
+        more: dict[str, Any] = {"format": case.format, "zeros": w.kernel_zeros, "extra": w.extra, "kernel": kernel}
+        return linear_packed(x, w.codes, w.scales, w.powers, case.group, **more)
+
+    return product_check(op, case, device, kernel)
+
+
+def _row_case(name: str) -> tuple[Case, str]:
+    base, dtype, _, zeros = read_row(name)
+    format = base.partition("__m")[0].removeprefix("packed_gemm_")
+    group = next(g for g in (64, 32, 16) if g in codec(format).groups)
+    return Case(9, 48, 192, group, dtype, None, format, zeros), base
+
+
+_HALVES = (torch.float16, torch.bfloat16)
+_KINDS = tuple((f, z) for f in FORMATS for z in codec(f).zero_kinds)
+CASES: tuple[Case, ...] = (
+    *(Case(M, 80, 320, 64, d) for M in (1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 65, 130) for d in _HALVES),
+    *(Case(5, N, 128, 64, d) for N in (16, 32, 48, 144) for d in _HALVES),
+    *(Case(11, 48, 576, g, d) for g in (16, 32, 64, 576) for d in _HALVES),
+    *(Case(3, 32, 1088, g, d) for g in (128, 256) for d in _HALVES),
+    *(
+        Case(M, 48, 320, (codec(f).groups or (64,))[0], d, None, f, z)
+        for f, z in _KINDS
+        for M in (4, 40)
+        for d in _HALVES
+    ),
+    *(Case(512, N, K, 128, model="large") for N, K in ((4096, 4096), (14336, 4096), (4096, 14336))),
+)
+OP = OpSpec("linear_packed", FAMILY, linear_packed_ref, CASES, "bench/gemm.py", ("*",), _of_case, _row_case)

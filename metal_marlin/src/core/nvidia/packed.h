@@ -1,0 +1,504 @@
+#pragma once
+#ifdef __METAL_MARLIN_CUDA__
+#include "core/nvidia/async_copy.h"
+#include "core/nvidia/barrier.h"
+#include "core/nvidia/cluster.h"
+#include "core/nvidia/operand.h"
+#include "core/nvidia/wgmma.h"
+
+// A number of 16 bits, or a byte, from its bits.
+template <typename S> struct FromBits {
+    static S number(uint bits) { return as_type<S>(ushort(bits)); }
+};
+template <> struct FromBits<uchar> {
+    static uchar number(uint bits) { return uchar(bits); }
+};
+
+// A simdgroup that does nothing else keeps a ring of stages filled by the tensor copy unit: x, codes and scales of kDepth
+// of k, a copy each. The others multiply; they wait for a stage to be full and say when they have read it, and meet only
+// to add up what those along k have. Schedule::kFew: by the simdgroup's instruction, sums of a scale's weights times that
+// scale; else by that of four simdgroups, with weights rounded to T after their scale. As half could not hold every
+// scale, a row's are divided by a power of two, which multiplies its sums.
+template <typename W, typename T, typename Schedule, typename Epilogue> struct RingGemm {
+    typedef PackedArguments<W, T> Arguments;
+    typedef typename W::Format Format;
+    typedef typename W::S S;
+    typedef MmaPair<T> Pair;
+    typedef Cluster<Schedule::kSplit> Parts;
+    enum : bool { kFew = Schedule::kFew };
+    enum : uint {
+        kRows = Schedule::kRows,
+        kTokens = Schedule::kTokens,
+        kDepth = Schedule::kDepth,
+        kSplit = Schedule::kSplit,
+        kAlongN = Schedule::kAlongN,
+        kAlongK = Schedule::kAlongK,
+        kSimdgroups = kAlongN * kAlongK * (kFew ? 1 : 4), // that multiply
+        kWorkers = kSimdgroups * kSimdWidth,
+        kStrips = kFew ? kRows / 16 / kAlongN : 1, // of a simdgroup
+        kTiles = kTokens / 8,
+        kBlocks = kDepth / 64,
+        kTurns = kBlocks / kAlongK, // blocks of a simdgroup
+        kPerWord = Format::kPerWord,
+        kPairs = kPerWord / 2,
+        kLoads = Format::kBits / 4,
+        kBlock = 512 * kLoads,   // bytes of a strip's codes of a block
+        kXBlock = kTokens * 128, // of x's
+        kX = kBlocks * kXBlock,
+        kCodes = kRows / 16 * kBlocks * kBlock,
+        kScales = kRows * (kDepth / 16) * sizeof(S), // at most
+        kStage = (kX + kCodes + kScales * (W::kAffine ? 2 : 1) + 1023) / 1024 * 1024,
+        kRoom = 226 * 1024 / kStage,
+        kStages = kRoom < Schedule::kAhead ? kRoom : Schedule::kAhead,
+        kSumStride = kRows + 4,
+        kYStride = 2 * kRows + 16
+    };
+    enum : bool {
+        kWhole = !kFew && kAlongK == 1 && kSplit == 1, // a simdgroup's sums are outputs
+        kHandOver = Schedule::kThreads > kWorkers + kSimdWidth // of registers, from simdgroups that copy
+    };
+    static_assert(kStages >= 2 && kTurns >= 1 && kStrips >= 1, "RingGemm: tile");
+    static_assert(kFew || (kTurns % 2 == 0 && kRows == 64 * kAlongN), "RingGemm: tile of four simdgroups");
+    static_assert((kWhole ? kTokens * kYStride : kAlongK * kTokens * kSumStride * 4) <= kStages * kStage,
+                  "RingGemm: sums take the place of stages");
+    struct alignas(1024) Shared {
+        uchar stages[kStages * kStage];
+        ulong full[kStages], empty[kStages];
+    };
+    struct Place {
+        uint first, token, rank; // row of W, token, part of K of the threadgroup
+        uint k, count;           // its first k and stages
+        uint lane, simdgroup, along_n, along_k;
+        uint stages, full, empty; // addresses
+        uint held, shift;         // scales of a row that a stage has; weight k has scale k >> shift
+    };
+    struct Turn {
+        uint slot, parity;
+        void next() {
+            if (++slot == kStages) slot = 0, parity ^= 1;
+        }
+    };
+
+    // ---- simdgroups that copy
+
+    static void ask_weights(thread const Arguments& a, thread const Place& at, ulong maps, uint slot, uint k) {
+        const uint to = at.stages + slot * kStage + kX, full = at.full + slot * 8, strip = at.first / 16;
+        const uint scales = kRows * at.held * sizeof(S);
+        PhaseBarrier::expect(full, kX + kCodes + scales * (W::kAffine ? 2 : 1));
+        copy_box3(to, maps + 128, 0, k / 64, strip, full);
+        copy_box3(to + kCodes, maps + 256, at.first * sizeof(S), k >> a.shift, 0, full);
+        if (W::kAffine) copy_box3(to + kCodes + kScales, maps + 384, at.first * sizeof(S), k >> a.shift, 0, full);
+    }
+    static void ask_x(thread const Place& at, ulong maps, uint slot, uint k) {
+        copy_box3(at.stages + slot * kStage, maps, 0, at.token, k / 64, at.full + slot * 8);
+    }
+
+    static void produce(thread const Arguments& a, thread const Place& at) {
+        const ulong maps = descriptor_at<7>();
+        const bool elected = elect_one();
+        for (uint i = 0; i < kStages && i < at.count; ++i) {
+            if (elected) ask_weights(a, at, maps, i, at.k + i * kDepth);
+        }
+        LaunchOrder::wait(); // x is of the kernel before; weights are older
+        for (uint i = 0; i < kStages && i < at.count; ++i) {
+            if (elected) ask_x(at, maps, i, at.k + i * kDepth);
+        }
+        Turn turn = {0, 0};
+        for (uint i = kStages; i < at.count; ++i) {
+            PhaseBarrier::wait(at.empty + turn.slot * 8, turn.parity);
+            if (elected) {
+                ask_weights(a, at, maps, turn.slot, at.k + i * kDepth);
+                ask_x(at, maps, turn.slot, at.k + i * kDepth);
+            }
+            turn.next();
+        }
+    }
+
+    // ---- what the others read
+
+    // Where numbers of dtype S of rows r and r + 8 are, of a strip of the threadgroup's and group j of the stage's.
+    static uint pair_at(thread const Place& at, uint from, uint strip, uint j) {
+        return from + (j * kRows + strip * 16 + at.lane / 4 * 2) * sizeof(S);
+    }
+    static uint2 pair_bits(uint from) {
+        const uint both = sizeof(S) == 1 ? shared_load2(from) : shared_load4(from);
+        return sizeof(S) == 1 ? uint2(both & 0xff, both >> 8) : uint2(both & 0xffff, both >> 16);
+    }
+    struct Numbers {
+        float scale[2], zero[2], bias[2];
+    };
+    static Numbers numbers(thread const Place& at, uint stage, uint strip, uint j) {
+        Numbers v;
+        const uint from = pair_at(at, stage + kX + kCodes, strip, j);
+        const uint2 scales = pair_bits(from);
+#pragma unroll
+        for (uint h = 0; h < 2; ++h) v.scale[h] = W::Scale::value(FromBits<S>::number(scales[h]));
+        if (W::kAffine) {
+            const uint2 more = pair_bits(from + kScales);
+#pragma unroll
+            for (uint h = 0; h < 2; ++h) {
+                const float number = float(FromBits<S>::number(more[h]));
+                v.zero[h] = W::kZero ? number : 0.0f;
+                v.bias[h] = W::kBias ? number : 0.0f;
+            }
+        }
+        return v;
+    }
+
+    // The lane's codes of a block, and of them the left operand of a step.
+    struct Codes {
+        uint4 words[kLoads];
+        static Codes load(uint from) {
+            Codes codes;
+#pragma unroll
+            for (uint i = 0; i < kLoads; ++i) codes.words[i] = shared_load16(from + i * 512);
+            return codes;
+        }
+        template <typename Decode> void operand(uint step, thread uint (&w)[4]) const {
+            enum : uint { kWords = 4 / kPairs };
+#pragma unroll
+            for (uint i = 0; i < kWords; ++i) {
+                uint v[kPairs];
+                const uint word = step * kWords + i;
+                Decode::pairs(words[word / 4][word % 4], v);
+#pragma unroll
+                for (uint j = 0; j < kPairs; ++j) w[i * kPairs + j] = v[j];
+            }
+        }
+    };
+    static uint codes_at(uint stage, uint strip, uint block) {
+        return stage + kX + (strip * kBlocks + block) * kBlock;
+    }
+
+    static uint join(T a) { return uint(as_type<ushort>(a)) * 0x10001u; }
+
+    // ---- few tokens
+
+    typedef MmaDecode<Format, T> FewDecode;
+    typedef float Sums[kTiles][4];
+
+    // The right operands of a step.
+    static void load_x(uint from, thread uint (&x)[kTiles][2]) {
+#pragma unroll
+        for (uint c = 0; c + 1 < kTiles; c += 2) {
+            uint v[4];
+            shared_matrices(from + c * 1024, v);
+            x[c][0] = v[0], x[c][1] = v[1], x[c + 1][0] = v[2], x[c + 1][1] = v[3];
+        }
+    }
+
+    template <uint kRuns>
+    static void few_block(thread const Place& at, uint stage, uint x_at, uint turn, thread Sums (&total)[kStrips]) {
+        enum : uint { kRun = 4 / kRuns }; // steps
+        const uint block = turn * kAlongK + at.along_k;
+        Codes codes[kStrips];
+#pragma unroll
+        for (uint r = 0; r < kStrips; ++r)
+            codes[r] = Codes::load(codes_at(stage, at.along_n * kStrips + r, block) + at.lane * 16);
+        uint pair[4]; // of x: two steps of eight tokens
+#pragma unroll
+        for (uint run = 0; run < kRuns; ++run) {
+            Sums part[kStrips], ones;
+#pragma unroll
+            for (uint c = 0; c < kTiles; ++c) {
+#pragma unroll
+                for (uint e = 0; e < 4; ++e) {
+                    ones[c][e] = 0;
+#pragma unroll
+                    for (uint r = 0; r < kStrips; ++r) part[r][c][e] = 0;
+                }
+            }
+#pragma unroll
+            for (uint i = 0; i < kRun; ++i) {
+                const uint step = run * kRun + i, from = stage + (x_at ^ step << 5) + turn * (kAlongK * kXBlock);
+                uint x[kTiles][2];
+                if (kTiles == 1) {
+                    if (step % 2 == 0) shared_matrices(from, pair);
+                    x[0][0] = pair[step % 2 * 2], x[0][1] = pair[step % 2 * 2 + 1];
+                } else {
+                    load_x(from, x);
+                }
+#pragma unroll
+                for (uint r = 0; r < kStrips; ++r) {
+                    uint w[4];
+                    codes[r].template operand<FewDecode>(step, w);
+#pragma unroll
+                    for (uint c = 0; c < kTiles; ++c)
+                        Pair::mma(part[r][c], w[0], w[1], w[2], w[3], x[c][0], x[c][1]);
+                }
+                if (W::kAffine) {
+                    const uint one = join(T(1));
+#pragma unroll
+                    for (uint c = 0; c < kTiles; ++c) Pair::mma(ones[c], one, one, one, one, x[c][0], x[c][1]);
+                }
+            }
+            const uint j = (block * 64 + run * (64 / kRuns)) >> at.shift;
+#pragma unroll
+            for (uint r = 0; r < kStrips; ++r) {
+                const Numbers v = numbers(at, stage, at.along_n * kStrips + r, j);
+#pragma unroll
+                for (uint h = 0; h < 2; ++h) {
+                    const float offset =
+                        W::kAffine ? v.bias[h] + v.scale[h] * (Middle<W>::value - v.zero[h]) : 0.0f;
+#pragma unroll
+                    for (uint c = 0; c < kTiles; ++c) {
+#pragma unroll
+                        for (uint e = 2 * h; e < 2 * h + 2; ++e) {
+                            total[r][c][e] += v.scale[h] * part[r][c][e];
+                            if (W::kAffine) total[r][c][e] += offset * ones[c][e];
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    template <uint kRuns> static void few(thread const Place& at, thread Sums (&total)[kStrips]) {
+        // rows of 128 bytes, whose 16-byte chunk c lies at c ^ row % 8; a matrix is 8 tokens of 8 k
+        const uint matrix = at.lane / 8, row = at.lane % 8;
+        const uint token = kTiles == 1 ? row : matrix / 2 * 8 + row, chunk = kTiles == 1 ? matrix : matrix % 2;
+        const uint x_at = token * 128 + ((chunk ^ row) << 4) + at.along_k * kXBlock;
+        Turn turn = {0, 0};
+        for (uint i = 0; i < at.count; ++i) {
+            PhaseBarrier::wait(at.full + turn.slot * 8, turn.parity);
+            const uint stage = at.stages + turn.slot * kStage;
+#pragma unroll
+            for (uint t = 0; t < kTurns; ++t) few_block<kRuns>(at, stage, x_at, t, total);
+            simdgroup_barrier(mem_flags::mem_threadgroup);
+            if (at.lane == 0) PhaseBarrier::arrive(at.empty + turn.slot * 8);
+            turn.next();
+        }
+    }
+
+    // ---- many tokens
+
+    typedef MmaCodes<Format, T> ManyDecode;
+
+    template <uint kRuns>
+    static void decode(thread const Place& at, uint stage, uint block, thread const float (&inverse)[2],
+                       thread uint (&left)[4][4]) {
+        const Codes codes = Codes::load(codes_at(stage, at.along_n, block) + at.lane * 16);
+        uint scales[2][kRuns], shifts[2][kRuns], offsets[2][kRuns];
+#pragma unroll
+        for (uint run = 0; run < kRuns; ++run) {
+            const Numbers v = numbers(at, stage, at.along_n, (block * 64 + run * (64 / kRuns)) >> at.shift);
+#pragma unroll
+            for (uint h = 0; h < 2; ++h) {
+                scales[h][run] = join(T(v.scale[h] * (inverse[h] * ManyDecode::kUnit)));
+                if (W::kZero) shifts[h][run] = join(T(-v.zero[h]));
+                if (W::kBias) offsets[h][run] = join(T(v.bias[h] * inverse[h]));
+            }
+        }
+#pragma unroll
+        for (uint step = 0; step < 4; ++step) {
+            uint w[4];
+            codes.template operand<ManyDecode>(step, w);
+#pragma unroll
+            for (uint i = 0; i < 4; ++i) {
+                const uint h = i % 2, run = step * kRuns / 4;
+                if (W::kZero) w[i] = Pair::plus(w[i], shifts[h][run]);
+                left[step][i] = W::kBias ? Pair::fma(w[i], scales[h][run], offsets[h][run])
+                                         : Pair::times(w[i], scales[h][run]);
+            }
+        }
+    }
+
+    template <uint kRuns>
+    static void many(thread const Place& at, thread const float (&inverse)[2], thread float (&d)[kTokens / 2]) {
+        Turn turn = {0, 0};
+        uint before = 0, left[2][4][4];
+        for (uint i = 0; i < at.count; ++i) {
+            PhaseBarrier::wait(at.full + turn.slot * 8, turn.parity);
+            const uint stage = at.stages + turn.slot * kStage;
+#pragma unroll
+            for (uint t = 0; t < kTurns; ++t) {
+                const uint block = t * kAlongK + at.along_k;
+                // the instructions of the block before may still be running: they read the other left operands
+                decode<kRuns>(at, stage, block, inverse, left[t % 2]);
+                WgmmaGroup::fence();
+#pragma unroll
+                for (uint step = 0; step < 4; ++step)
+                    Wgmma<T, kTokens>::mma(d, left[t % 2][step],
+                                           WgmmaGroup::describe(stage + block * kXBlock) + 2 * step);
+                WgmmaGroup::commit();
+                WgmmaGroup::wait<1>();
+                if (t == 0 && i > 0 && at.lane == 0) PhaseBarrier::arrive(at.empty + before * 8);
+            }
+            before = turn.slot;
+            turn.next();
+        }
+        WgmmaGroup::wait<0>();
+        Wgmma<T, kTokens>::hold(d);
+    }
+
+    // ---- sums become outputs
+
+    static void meet() { __asm__ volatile("bar.sync 1, %0;" : : "n"(kWorkers) : "memory"); }
+
+    static void put(thread const Place& at, uint strip, uint tile, thread const float (&d)[4]) {
+        const uint to = at.stages + ((at.along_k * kTokens + tile * 8 + at.lane % 4 * 2) * kSumStride + strip * 16 +
+                                     at.lane / 4) * 4;
+#pragma unroll
+        for (uint e = 0; e < 4; ++e) shared_store(to + (e % 2 * kSumStride + e / 2 * 8) * 4, d[e]);
+    }
+
+    static uint pack(T a, T b) { return uint(as_type<ushort>(a)) | uint(as_type<ushort>(b)) << 16; }
+
+    // Adds up what was put, a threadgroup of a cluster its share.
+    static void add(thread const Arguments& a, thread const Place& at, Epilogue epilogue) {
+        if (kSplit > 1) Parts::barrier();
+        else meet();
+        const uint tid = at.simdgroup * kSimdWidth + at.lane, quads = kRows / 4;
+        for (uint i = at.rank * kWorkers + tid; i < kTokens * quads; i += kSplit * kWorkers) {
+            const uint row = i / quads, m = at.token + row, n = at.first + i % quads * 4;
+            if (m >= a.M) break;
+            if (n >= a.N) continue;
+            float4 v = 0;
+            for (uint part = 0; part < kSplit; ++part) {
+                const uint sums = kSplit > 1 ? Parts::address(at.stages, part) : at.stages;
+#pragma unroll
+                for (uint k = 0; k < kAlongK; ++k)
+                    v += Parts::load4(sums + ((k * kTokens + row) * kSumStride + i % quads * 4) * 4);
+            }
+#pragma unroll
+            for (uint e = 0; e < 4; ++e) v[e] = epilogue.apply(v[e], m, n + e);
+            *(device uint2*)(a.y + ulong(m) * a.N + n) = uint2(pack(T(v.x), T(v.y)), pack(T(v.z), T(v.w)));
+        }
+        if (kSplit > 1) Parts::barrier(); // nobody leaves before its sums have been read
+    }
+
+    // Every simdgroup has whole sums: they are rounded at once and turned to rows of y in threadgroup memory.
+    static void write(thread const Arguments& a, thread const Place& at, Epilogue epilogue,
+                      thread const float (&power)[2], thread const float (&d)[kTokens / 2]) {
+        const uint lane = at.lane, strip = at.along_n * 16;
+        const uint to = at.stages + (lane / 16 * 8 + lane % 8) * kYStride + (strip + lane / 8 % 2 * 8) * 2;
+#pragma unroll
+        for (uint j = 0; j < kTiles; j += 2) {
+            uint v[4];
+#pragma unroll
+            for (uint i = 0; i < 4; ++i) { // 8 tokens i / 2, 8 rows i % 2
+                T y[2];
+#pragma unroll
+                for (uint e = 0; e < 2; ++e) {
+                    const uint m = at.token + (j + i / 2) * 8 + lane % 4 * 2 + e;
+                    y[e] = T(epilogue.apply(d[(j + i / 2) * 4 + i % 2 * 2 + e] * power[i % 2], m,
+                                            at.first + strip + lane / 4 + i % 2 * 8));
+                }
+                v[i] = pack(y[0], y[1]);
+            }
+            shared_transposed(to + j * 8 * kYStride, v);
+        }
+        meet();
+        for (uint i = at.simdgroup * kSimdWidth + lane; i < kTokens * kRows / 8; i += kWorkers) {
+            const uint row = i / (kRows / 8), n = at.first + i % (kRows / 8) * 8;
+            if (at.token + row >= a.M) break;
+            if (n < a.N) {
+                *(device uint4*)(a.y + ulong(at.token + row) * a.N + n) =
+                    shared_load16(at.stages + row * kYStride + i % (kRows / 8) * 16);
+            }
+        }
+    }
+
+    // Which matrix instruction: a function that is not chosen is not compiled.
+    struct FewTokens {};
+    struct ManyTokens {};
+
+    static void finish(FewTokens, thread const Arguments& a, thread const Place& at, Epilogue epilogue) {
+        Sums total[kStrips];
+#pragma unroll
+        for (uint r = 0; r < kStrips; ++r) {
+#pragma unroll
+            for (uint c = 0; c < kTiles; ++c) {
+#pragma unroll
+                for (uint e = 0; e < 4; ++e) total[r][c][e] = 0;
+            }
+        }
+        if (a.shift >= 6) few<1>(at, total);
+        else if (a.shift == 5) few<2>(at, total);
+        else few<4>(at, total);
+        meet(); // all stages have been read
+        const float unit = FewDecode::kUnit * a.factor();
+#pragma unroll
+        for (uint r = 0; r < kStrips; ++r) {
+#pragma unroll
+            for (uint c = 0; c < kTiles; ++c) {
+                float d[4];
+#pragma unroll
+                for (uint e = 0; e < 4; ++e) d[e] = total[r][c][e] * unit;
+                put(at, at.along_n * kStrips + r, c, d);
+            }
+        }
+        add(a, at, epilogue);
+    }
+
+    static void finish(ManyTokens, thread const Arguments& a, thread const Place& at, Epilogue epilogue) {
+        float d[kTokens / 2], power[2], inverse[2];
+#pragma unroll
+        for (uint i = 0; i < kTokens / 2; ++i) d[i] = 0;
+#pragma unroll
+        for (uint h = 0; h < 2; ++h) {
+            power[h] = a.powers[min(at.first + at.along_n * 16 + at.lane / 4 + h * 8, a.N - 1)];
+            inverse[h] = as_type<float>((254u << 23) - as_type<uint>(power[h]));
+        }
+        if (a.shift >= 6) many<1>(at, inverse, d);
+        else if (a.shift == 5) many<2>(at, inverse, d);
+        else many<4>(at, inverse, d);
+        power[0] *= a.factor(), power[1] *= a.factor();
+        meet(); // all stages have been read
+        if (kWhole) {
+            write(a, at, epilogue, power, d);
+            return;
+        }
+#pragma unroll
+        for (uint c = 0; c < kTiles; ++c) {
+            float v[4];
+#pragma unroll
+            for (uint e = 0; e < 4; ++e) v[e] = d[4 * c + e] * power[e / 2];
+            put(at, at.along_n, c, v);
+        }
+        add(a, at, epilogue);
+    }
+
+    static Place place(thread const Arguments& a, GemmPlace where, threadgroup const Shared& sh) {
+        const uint across = kAlongN * (kFew ? 1 : 4), stages = (a.K + kDepth - 1) / kDepth;
+        Place at;
+        at.first = where.tgid.x * kRows;
+        at.token = where.tgid.y * kTokens;
+        at.rank = kSplit > 1 ? where.tgid.z : 0;
+        const uint begin = stages * at.rank / kSplit;
+        at.k = begin * kDepth;
+        at.count = stages * (at.rank + 1) / kSplit - begin;
+        at.lane = where.lane;
+        at.simdgroup = where.sgid;
+        at.along_n = where.sgid % across;
+        at.along_k = where.sgid / across;
+        at.stages = AsyncCopy::address(sh.stages);
+        at.full = AsyncCopy::address(sh.full);
+        at.empty = AsyncCopy::address(sh.empty);
+        at.held = a.group >= kDepth ? 1 : kDepth / a.group;
+        at.shift = a.shift;
+        return at;
+    }
+
+    static void run(Arguments a, GemmPlace where, threadgroup Shared& sh, Epilogue epilogue) {
+        LaunchOrder::let_next_start();
+        if (kSplit > 1) Parts::form();
+        const Place at = place(a, where, sh);
+        if (at.simdgroup == 0 && at.lane == 0) {
+            for (uint i = 0; i < kStages; ++i) {
+                PhaseBarrier::start(at.full + i * 8, 1);
+                PhaseBarrier::start(at.empty + i * 8, kSimdgroups);
+            }
+            PhaseBarrier::publish();
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        if (at.simdgroup >= kSimdgroups) {
+            if (kHandOver) Registers::give<24>();
+            if (at.simdgroup == kSimdgroups) produce(a, at);
+            return;
+        }
+        if (kHandOver) Registers::take<240>();
+        finish(conditional_t<kFew, FewTokens, ManyTokens>(), a, at, epilogue);
+    }
+};
+#endif

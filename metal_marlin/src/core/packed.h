@@ -1,0 +1,139 @@
+#pragma once
+// Weights in operand order: what lanes of a simdgroup take as their left operands of a matrix instruction lies together,
+// so that one 16-byte load is a lane's share of 16 rows and 64 k (of eight bits, 32 k).
+// y[m, n] = sum over k of x[m, k] * w[n, k], with the same numbers as core/gemm.h.
+//
+//   codes   [N / 16][K / 64][bits / 4][lane]  16 bytes: words in the order of the steps of 16 k, one a step of four bits,
+//           two of eight. Lane 4 * r + c has rows r and r + 8 and, of each step, k 2c, 2c + 1, 2c + 8, 2c + 9. Codes i
+//           and i + kPerWord / 2 of a word are neighbours along k; such pairs follow as (r, 2c), (r + 8, 2c), (r, 2c + 8),
+//           (r + 8, 2c + 8), those of eight bits two a word.
+//   scales  S [groups][N / 16][8][2]          of rows r and r + 8; zeros and biases likewise
+//   powers  float [N]                         powers of two above every scale and bias of a row
+//
+// N is a multiple of 16 and K of 64. Twin: metal_marlin/quant/layouts.py. Sources: own (the measured prototype).
+#include <metal_stdlib>
+#include "core/epilogue.h"
+#include "core/gemm.h"
+#include "formats/quantized.h"
+using namespace metal;
+
+// Descriptors for the tensor copy unit of NVIDIA GPUs; others never read them.
+struct alignas(64) PackedMaps {
+    long words[64]; // x, codes, scales, extra; 16 each
+};
+
+template <typename W, typename T> struct PackedArguments {
+    typedef typename W::S S;
+    typedef typename W::Bound E;
+    device const T* x;
+    device const uint* codes;
+    device const S* scales;
+    device const E* extra;
+    device const float* powers;
+    device T* y;
+    uint M, N, K, groups, group;
+    uint shift; // weight k has scale k >> shift
+
+    PackedArguments(device const T* x, device const uint* codes, device const S* scales, device const E* extra,
+                    device const float* powers, device T* y, constant GemmShape& shape)
+        : x(x), codes(codes), scales(scales), extra(extra), powers(powers), y(y), M(uint(shape.M)),
+          N(uint(shape.N)), K(uint(shape.K)), groups((uint(shape.K) + uint(shape.group) - 1) / uint(shape.group)),
+          group(uint(shape.group)), shift(groups == 1 ? 31 : ctz(uint(shape.group))) {}
+
+    float factor() const { return W::Extra::kFactor ? float(extra[0]) : 1.0f; }
+};
+
+// kRows of W and kTokens of a threadgroup; kDepth of k a stage, at most kAhead stages; simdgroups that multiply: kAlongN by
+// kAlongK of them, or of groups of four where the instruction takes four; kSplit threadgroups along z share K.
+template <uint kRows_, uint kTokens_, uint kDepth_, uint kAhead_, uint kAlongN_, uint kAlongK_, uint kSplit_, bool kFew_,
+          uint kThreads_>
+struct PackedTile {
+    enum : uint {
+        kRows = kRows_,
+        kTokens = kTokens_,
+        kDepth = kDepth_,
+        kAhead = kAhead_,
+        kAlongN = kAlongN_,
+        kAlongK = kAlongK_,
+        kSplit = kSplit_,
+        kThreads = kThreads_
+    };
+    enum : bool { kFew = kFew_ };
+};
+
+// The definition in plain code, for devices without a pipeline of their own: simdgroups take turns at strips; a lane adds
+// its part of the products of its two rows with eight tokens.
+template <typename W, typename T, typename Schedule, typename Epilogue> struct SimdPacked {
+    typedef PackedArguments<W, T> Arguments;
+    typedef typename W::Format Format;
+    enum : uint {
+        kPerWord = Format::kPerWord,
+        kWords = 8 / kPerWord, // of a lane and step
+        kTokens = 8
+    };
+    struct Shared {};
+
+    struct Numbers {
+        float scale, zero, bias;
+    };
+    static Numbers numbers(thread const Arguments& a, uint strip, uint row, uint k) {
+        const ulong i = ulong(k >> a.shift) * a.N + strip * 16 + row % 8 * 2 + row / 8;
+        Numbers v = {W::Scale::value(a.scales[i]) * a.factor(), 0, 0};
+        if (W::kZero) v.zero = float(a.extra[i]);
+        if (W::kBias) v.bias = float(a.extra[i]);
+        return v;
+    }
+
+    // A step of 16 k.
+    static void step(thread const Arguments& a, uint strip, uint k, uint token, uint lane,
+                     thread float (&sums)[2][kTokens]) {
+        const uint r = lane / 4, c = lane % 4;
+        const ulong block = ulong(strip) * (a.K / 64) + k / 64;
+        device const uint* words = a.codes + block * (128 * kWords) +
+                                   k % 64 / 16 / (4 / kWords) * 128 + lane * 4 +
+                                   k % 64 / 16 % (4 / kWords) * kWords;
+        for (uint h = 0; h < 2; ++h) {
+            const Numbers v = numbers(a, strip, r + 8 * h, k);
+            for (uint far = 0; far < 2; ++far) {
+                const uint at = 2 * far + h; // which pair
+                const float2 code = Format::pair(words[at * kWords / 4], at % (4 / kWords));
+                const float2 w = v.scale * (code - v.zero) + v.bias;
+                for (uint i = 0; i < kTokens; ++i) {
+                    if (token + i >= a.M) break;
+                    device const T* x = a.x + ulong(token + i) * a.K + k + 8 * far + 2 * c;
+                    sums[h][i] += w.x * float(x[0]) + w.y * float(x[1]);
+                }
+            }
+        }
+    }
+
+    static void run(Arguments a, GemmPlace at, threadgroup Shared&, Epilogue epilogue) {
+        if (at.tgid.z != 0) return;
+        const uint end = min((at.tgid.x + 1) * Schedule::kRows, a.N) / 16, last = (at.tgid.y + 1) * Schedule::kTokens;
+        for (uint strip = at.tgid.x * (Schedule::kRows / 16) + at.sgid; strip < end;
+             strip += Schedule::kThreads / 32) {
+            for (uint token = at.tgid.y * Schedule::kTokens; token < min(last, a.M); token += kTokens) {
+                float sums[2][kTokens] = {};
+                for (uint k = 0; k < a.K; k += 16) step(a, strip, k, token, at.lane, sums);
+                for (uint h = 0; h < 2; ++h) {
+                    for (uint i = 0; i < kTokens; ++i) {
+                        float v = sums[h][i];
+                        v += simd_shuffle_xor(v, ushort(1));
+                        v += simd_shuffle_xor(v, ushort(2));
+                        const uint n = strip * 16 + at.lane / 4 + 8 * h, m = token + i;
+                        if (at.lane % 4 == 0 && m < a.M) a.y[ulong(m) * a.N + n] = T(epilogue.apply(v, m, n));
+                    }
+                }
+            }
+        }
+    }
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#include "core/nvidia/packed.h"
+template <typename W, typename T, typename Schedule, typename Epilogue>
+using PackedGemm = RingGemm<W, T, Schedule, Epilogue>;
+#else
+template <typename W, typename T, typename Schedule, typename Epilogue>
+using PackedGemm = SimdPacked<W, T, Schedule, Epilogue>;
+#endif
