@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from metal_marlin.ops.dequantize import dequantize
     from metal_marlin.ops.linear import linear
     from metal_marlin.ops.linear_decode import linear_decode
+    from metal_marlin.ops.linear_residual import linear_residual
     from metal_marlin.ops.norm import layer_norm, rms_norm, rms_norm_residual
     from metal_marlin.ops.tuning import tune
     from metal_marlin.quant.rtn import quantize
@@ -36,6 +37,7 @@ _HOMES = {
     "layer_norm": "metal_marlin.ops.norm",
     "linear": "metal_marlin.ops.linear",
     "linear_decode": "metal_marlin.ops.linear_decode",
+    "linear_residual": "metal_marlin.ops.linear_residual",
     "quantize": "metal_marlin.quant.rtn",
     "rms_norm": "metal_marlin.ops.norm",
     "rms_norm_residual": "metal_marlin.ops.norm",
@@ -56,6 +58,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_decode",
+    "linear_residual",
     "metal_kernel",
     "mps_tensor_to_metal_buffer",
     "quantize",

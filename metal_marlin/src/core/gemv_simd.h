@@ -4,7 +4,9 @@
 //   kWords  16 bytes of a row a lane are one load; 32 are two, with fewer rows
 //   kTile   0: x is read from device memory; else the threadgroup brings kTile elements of it into its own memory first,
 //           for all of its simdgroups
-template <typename Q, typename T, uint kTokens, uint kWords_ = 0, uint kTile = 0> struct SimdGemv {
+template <typename Q, typename T, uint kTokens, uint kWords_ = 0, uint kTile = 0,
+          typename Epilogue = NoEpilogue>
+struct SimdGemv {
     typedef typename Q::Format Format;
     typedef CodeWords<Format> Memory;
     enum : uint {
@@ -108,7 +110,8 @@ template <typename Q, typename T, uint kTokens, uint kWords_ = 0, uint kTile = 0
         threadgroup_barrier(mem_flags::mem_threadgroup);
     }
 
-    static void run(GemvArguments<Q, T> a, GemvPlace at, threadgroup Shared& sh) {
+    static void run(GemvArguments<Q, T> a, GemvPlace at, threadgroup Shared& sh,
+                    Epilogue epilogue = Epilogue()) {
         const uint first = (at.tgid.x * at.sgs + at.sgid) * kRows, token = at.tgid.y * kTokens;
         float total[kRows][kTokens];
 #pragma unroll
@@ -137,7 +140,7 @@ template <typename Q, typename T, uint kTokens, uint kWords_ = 0, uint kTile = 0
             for (uint m = 0; m < kTokens; ++m) {
                 const float sum = simd_sum(total[r][m]);
                 if (at.lane == 0 && first + r < a.N && token + m < a.M) {
-                    a.y[ulong(token + m) * a.N + first + r] = T(sum);
+                    a.y[ulong(token + m) * a.N + first + r] = T(epilogue.apply(sum, token + m, first + r));
                 }
             }
         }

@@ -1,6 +1,7 @@
 #pragma once
 #if defined(__METAL_MARLIN_CPU__) && METAL_MARLIN_LANES != 1
-template <typename Q, typename T, uint kTokens> using Gemv = SimdGemv<Q, T, kTokens>;
+template <typename Q, typename T, uint kTokens, typename Epilogue = NoEpilogue>
+using Gemv = SimdGemv<Q, T, kTokens, 0, 0, Epilogue>;
 #endif
 
 #if defined(__METAL_MARLIN_CPU__) && METAL_MARLIN_LANES == 1
@@ -9,7 +10,7 @@ template <typename Q, typename T, uint kTokens> using Gemv = SimdGemv<Q, T, kTok
 // One lane. A step takes 16 words of codes of a row, see dot.h; x is brought into the order that this needs once for all rows of
 // the threadgroup, and summed by group where weights have an offset. Scales of kRows rows are made floats before their
 // codes are read, many at once.
-template <typename Q, typename T, uint kTokens> struct WideGemv {
+template <typename Q, typename T, uint kTokens, typename Epilogue> struct WideGemv {
     typedef typename WideDotOf<typename Q::Format, T, Q::Format::kBits>::type Dot;
     typedef typename Dot::Stored Stored;
     typedef CodeWords<typename Q::Format> Memory;
@@ -45,7 +46,8 @@ template <typename Q, typename T, uint kTokens> struct WideGemv {
         WideBits kept; // bits of the last step's words of memory
     };
 
-    static void run(GemvArguments<Q, T> a, GemvPlace at, threadgroup Shared&) {
+    static void run(GemvArguments<Q, T> a, GemvPlace at, threadgroup Shared&,
+                    Epilogue epilogue = Epilogue()) {
         const uint begin = at.tgid.x * a.rows, end = min(begin + a.rows, a.N), token = at.tgid.y * kTokens;
         const Dot dot(Middle<Q>::value);
         Pass pass;
@@ -57,7 +59,10 @@ template <typename Q, typename T, uint kTokens> struct WideGemv {
                 rows(a, dot, row, count, block, pass);
             }
             for (uint m = 0; m < kTokens && token + m < a.M; ++m) {
-                for (uint r = 0; r < count; ++r) a.y[ulong(token + m) * a.N + row + r] = T(pass.sums[r][m]);
+                for (uint r = 0; r < count; ++r) {
+                    a.y[ulong(token + m) * a.N + row + r] =
+                        T(epilogue.apply(pass.sums[r][m], token + m, row + r));
+                }
             }
         }
     }
@@ -204,5 +209,6 @@ template <typename Q, typename T, uint kTokens> struct WideGemv {
     }
 };
 
-template <typename Q, typename T, uint kTokens> using Gemv = WideGemv<Q, T, kTokens>;
+template <typename Q, typename T, uint kTokens, typename Epilogue = NoEpilogue>
+using Gemv = WideGemv<Q, T, kTokens, Epilogue>;
 #endif

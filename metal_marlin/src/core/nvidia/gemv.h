@@ -9,7 +9,7 @@
 // c reads weights kLane * c ... of rows r and r + 8, and x of token r. What hides the time of a read is other
 // simdgroups: at 64 registers two threadgroups of 512 share a multiprocessor, which was faster than fewer simdgroups
 // that read further ahead (H200: 12.1 us against 13 to 17 for 4096 x 14336 in fp4).
-template <typename Q, typename T, uint kTokens> struct MmaGemv {
+template <typename Q, typename T, uint kTokens, typename Epilogue> struct MmaGemv {
     typedef typename Q::Format Format;
     typedef typename Q::S S;
     typedef MmaDecode<Format, T> Decode;
@@ -226,7 +226,7 @@ template <typename Q, typename T, uint kTokens> struct MmaGemv {
         }
     }
 
-    static void run(Arguments a, GemvPlace at, threadgroup Shared& sh) {
+    static void run(Arguments a, GemvPlace at, threadgroup Shared& sh, Epilogue epilogue = Epilogue()) {
         const uint first = at.tgid.x * kRows, token = at.tgid.y * kTokens;
         const uint r = at.lane / 4, c = at.lane % 4, words = Memory::stored(a.K);
         const uint tokens = min(uint(kTokens), a.M - token);
@@ -260,16 +260,19 @@ template <typename Q, typename T, uint kTokens> struct MmaGemv {
             float y = 0;
 #pragma unroll
             for (uint s = 0; s < kMaxSimdgroups; ++s) y += s < at.sgs ? sh.sums[s][row][m] : 0.0f;
-            if (first + row < a.N) a.y[ulong(token + m) * a.N + first + row] = T(y);
+            if (first + row < a.N) {
+                a.y[ulong(token + m) * a.N + first + row] = T(epilogue.apply(y, token + m, first + row));
+            }
         }
     }
 };
 
-template <typename Q, typename T, uint kTokens> struct GemvOf {
-    typedef MmaGemv<Q, T, kTokens> type;
+template <typename Q, typename T, uint kTokens, typename Epilogue> struct GemvOf {
+    typedef MmaGemv<Q, T, kTokens, Epilogue> type;
 };
-template <typename Q, uint kTokens> struct GemvOf<Q, float, kTokens> {
-    typedef SimdGemv<Q, float, kTokens> type;
+template <typename Q, uint kTokens, typename Epilogue> struct GemvOf<Q, float, kTokens, Epilogue> {
+    typedef SimdGemv<Q, float, kTokens, 0, 0, Epilogue> type;
 };
-template <typename Q, typename T, uint kTokens> using Gemv = typename GemvOf<Q, T, kTokens>::type;
+template <typename Q, typename T, uint kTokens, typename Epilogue = NoEpilogue>
+using Gemv = typename GemvOf<Q, T, kTokens, Epilogue>::type;
 #endif

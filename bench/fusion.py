@@ -1,0 +1,103 @@
+"""Products with four-bit weights fused with what stands before or after them: microseconds, beside the same as several
+launches and torch's with dequantised weights.
+
+    python bench/fusion.py [--device cuda]
+
+Correctness comes first, on the data that is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from common import (
+    Candidate,
+    graph_times,
+    host_times,
+    require_correct,
+    save,
+    sets_needed,
+    synchronize,
+    table,
+    usable_devices,
+)
+
+from metal_marlin.formats import codec
+from metal_marlin.ops import linear_residual
+from metal_marlin.ops.epilogue import epilogue
+from metal_marlin.ops.linear import linear
+
+# id, bytes of a set, multiplications and additions, candidates over so many sets of data
+Named = tuple[str, int, int, Callable[[str, int], dict[str, Candidate]]]
+
+
+def residuals() -> list[Named]:
+    def candidates(case: linear_residual.Case, device: str, sets: int) -> dict[str, Candidate]:
+        p = case.product
+        data = [case.tensors(device, seed) for seed in range(sets)]
+        dense = [codec("fp4").decode(d[1], d[2], None, p.group, "none", p.dtype) for d in data[:4]]
+
+        def fused(kernel: str | None) -> Candidate:
+            def run(i: int) -> torch.Tensor:
+                x, codes, scales, _, residual = data[i]
+                return linear_residual.linear_residual(x, codes, scales, p.group, residual, kernel=kernel)
+
+            return run
+
+        def two(i: int) -> torch.Tensor:
+            x, codes, scales, _, residual = data[i]
+            return epilogue(linear(x, codes, scales, p.group), residual=residual)
+
+        def library(i: int) -> torch.Tensor:
+            return data[i][4] + torch.nn.functional.linear(data[i][0], dense[i % len(dense)])
+
+        x, codes, scales, _, residual = data[0]
+        wanted = linear_residual.linear_residual_ref(x, codes, scales, p.group, residual)
+        rows = [f"linear_residual_fp4{few}" for few in ("", *(["_decode"] if p.M <= 8 else []))]
+        ours = {**{name: fused(name) for name in rows}, "linear_residual": fused(None), "linear, epilogue": two}
+        correct(str(case), ours, wanted, device)
+        return {**ours, "torch": library}
+
+    return [
+        (
+            str(case),
+            case.product.N * case.product.K // 2,
+            2 * case.product.M * case.product.N * case.product.K,
+            lambda device, sets, case=case: candidates(case, device, sets),  # type: ignore[misc]
+        )
+        for case in linear_residual.CASES
+        if case.model
+    ]
+
+
+def correct(case: str, ours: dict[str, Candidate], wanted: torch.Tensor, device: str) -> None:
+    for name, call in ours.items():
+        y = call(0)
+        synchronize(device)
+        assert isinstance(y, torch.Tensor)
+        require_correct(f"{case} {name}", y, wanted, 2e-3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; all that work here by default")
+    options = parser.parse_args()
+    for device in usable_devices(options.device):
+        rows = []
+        for case, size, operations, candidates in residuals():
+            sets = sets_needed(size, device, most=16)
+            calls = candidates(device, sets)
+            if device.startswith("cuda"):
+                times = graph_times(calls, device, inner=max(8, sets), sets=sets)
+            else:
+                times = host_times(calls, device, inner=1, rounds=7, sets=sets)
+            for name, t in times.items():
+                save("fusion", case, name, t, device, operations=operations)
+                rows.append((case, name, f"{t.median:.1f}", f"{t.p20:.1f}", f"{t.p80:.1f}"))
+        table(device, [("case", "candidate", "µs", "p20", "p80"), *rows])
+
+
+if __name__ == "__main__":
+    main()
