@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from common import (
@@ -25,9 +26,10 @@ from common import (
 )
 
 from metal_marlin.formats import codec
-from metal_marlin.ops import linear_residual
+from metal_marlin.ops import linear_residual, norm_linear
 from metal_marlin.ops.epilogue import epilogue
 from metal_marlin.ops.linear import linear
+from metal_marlin.ops.norm import rms_norm
 
 # id, bytes of a set, multiplications and additions, candidates over so many sets of data
 Named = tuple[str, int, int, Callable[[str, int], dict[str, Candidate]]]
@@ -60,16 +62,37 @@ def residuals() -> list[Named]:
         correct(str(case), ours, wanted, device)
         return {**ours, "torch": library}
 
-    return [
-        (
-            str(case),
-            case.product.N * case.product.K // 2,
-            2 * case.product.M * case.product.N * case.product.K,
-            lambda device, sets, case=case: candidates(case, device, sets),  # type: ignore[misc]
-        )
-        for case in linear_residual.CASES
-        if case.model
-    ]
+    return [named(case, candidates) for case in linear_residual.CASES if case.model]
+
+
+def norms() -> list[Named]:
+    def candidates(case: norm_linear.Case, device: str, sets: int) -> dict[str, Candidate]:
+        p = case.product
+        data = [case.tensors(device, seed) for seed in range(sets)]
+        dense = [codec("fp4").decode(d[2], d[3], None, p.group, "none", p.dtype) for d in data[:4]]
+
+        def fused(kernel: str | None) -> Candidate:
+            return lambda i: norm_linear.norm_linear(*data[i][:4], p.group, kernel=kernel)
+
+        def two(i: int) -> torch.Tensor:
+            x, weight, codes, scales, _ = data[i]
+            return linear(rms_norm(x, weight), codes, scales, p.group)
+
+        def library(i: int) -> torch.Tensor:
+            normed = torch.nn.functional.rms_norm(data[i][0], (p.K,), data[i][1], 1e-6)
+            return torch.nn.functional.linear(normed, dense[i % len(dense)])
+
+        rows = [f"norm_linear_fp4{few}" for few in ("", *(["_decode"] if p.M <= 8 else []))]
+        ours = {**{name: fused(name) for name in rows}, "norm_linear": fused(None), "rms_norm, linear": two}
+        correct(str(case), ours, norm_linear.norm_linear_ref(*data[0][:4], p.group), device)
+        return {**ours, "torch": library}
+
+    return [named(case, candidates) for case in norm_linear.CASES if case.model]
+
+
+def named(case: Any, candidates: Callable[[Any, str, int], dict[str, Candidate]]) -> Named:
+    p = case.product
+    return str(case), p.N * p.K // 2, 2 * p.M * p.N * p.K, lambda device, sets: candidates(case, device, sets)
 
 
 def correct(case: str, ours: dict[str, Candidate], wanted: torch.Tensor, device: str) -> None:
@@ -86,7 +109,7 @@ def main() -> None:
     options = parser.parse_args()
     for device in usable_devices(options.device):
         rows = []
-        for case, size, operations, candidates in residuals():
+        for case, size, operations, candidates in (*residuals(), *norms()):
             sets = sets_needed(size, device, most=16)
             calls = candidates(device, sets)
             if device.startswith("cuda"):

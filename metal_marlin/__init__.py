@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from metal_marlin.ops.linear_decode import linear_decode
     from metal_marlin.ops.linear_residual import linear_residual
     from metal_marlin.ops.norm import layer_norm, rms_norm, rms_norm_residual
+    from metal_marlin.ops.norm_linear import norm_linear
     from metal_marlin.ops.tuning import tune
     from metal_marlin.quant.rtn import quantize
     from metal_marlin.quant.tensor import QuantizedTensor
@@ -38,6 +39,7 @@ _HOMES = {
     "linear": "metal_marlin.ops.linear",
     "linear_decode": "metal_marlin.ops.linear_decode",
     "linear_residual": "metal_marlin.ops.linear_residual",
+    "norm_linear": "metal_marlin.ops.norm_linear",
     "quantize": "metal_marlin.quant.rtn",
     "rms_norm": "metal_marlin.ops.norm",
     "rms_norm_residual": "metal_marlin.ops.norm",
@@ -61,6 +63,7 @@ __all__ = [
     "linear_residual",
     "metal_kernel",
     "mps_tensor_to_metal_buffer",
+    "norm_linear",
     "quantize",
     "replace_linear_layers",
     "rms_norm",

@@ -51,11 +51,13 @@ def grid(
     few: bool,
     format: str = "fp4",
     zeros: str = "none",
+    aligned: bool = True,
 ) -> Grid:
-    """For M, N, K, rows with the core of decode_gemv (``few``) or of marlin_gemm_fused. ``kind``: cpu, cuda or mps."""
+    """For M, N, K, rows with the core of decode_gemv (``few``) or of marlin_gemm_fused. ``kind``: cpu, cuda or mps;
+    ``aligned``: tensors but x and codes start at multiples of 16 bytes."""
     M, N, K = size
     pool = torch.get_num_threads() if kind == "cpu" else 1
-    aligned = K % 32 == 0 and on_16_bytes(x, codes)
+    aligned = aligned and K % 32 == 0 and on_16_bytes(x, codes)
     if few:
         d = linear_decode.plan(M, N, K, x.dtype, x.dtype, kind, pool, None, format, zeros)
         return Grid(d.threadgroups, d.threads, d.lanes, struct.pack("=6q", M, N, K, group, d.rows, aligned))

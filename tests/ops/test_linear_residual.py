@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -13,27 +15,12 @@ from metal_marlin.runtime.counters import counters
 from metal_marlin.runtime.library import MetalKernelLibrary
 
 HALF = torch.float16
+Weight = Callable[..., torch.Tensor]
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.cuda)]
-FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 SMALL = [case for case in CASES if not case.model]
 
 
-def weight(p: Product, codes: torch.Tensor, scales: torch.Tensor, extra: torch.Tensor | None) -> torch.Tensor:
-    """[N, K] by the formats' definitions and not by the codec."""
-    nibbles = ((codes.long().unsqueeze(-1) >> 4 * torch.arange(8)) & 15).flatten(-2)
-    group = torch.arange(p.K) // p.group
-    values, s = FP4[nibbles] if p.format == "fp4" else nibbles.double(), scales.double()[:, group]
-    if p.format == "fp4":
-        return s * values
-    if extra is None:
-        return s * (values - 8)
-    if p.zeros == "packed":
-        zeros = ((extra.long().unsqueeze(-1) >> 4 * torch.arange(8)) & 15).flatten(-2)[:, group]
-        return s * (values - zeros)
-    return s * values + extra.double()[:, group] if p.zeros == "bias" else s * (values - extra.double()[:, group])
-
-
-def errors(case: Case, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def errors(case: Case, y: torch.Tensor, weight: Weight) -> tuple[torch.Tensor, torch.Tensor]:
     """Of rows of y: from float64, and what is allowed: twice that of the composition in x's dtype with dequantised
     weights, and a rounding, which the composition may miss by chance."""
     x, codes, scales, extra, residual = case.tensors()
@@ -46,7 +33,7 @@ def errors(case: Case, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_against_float64(case: Case, device: str) -> None:
+def test_against_float64(case: Case, device: str, weight: Weight) -> None:
     p = case.product
     before = counters()
     y = run(case, device, case.kernel)
@@ -58,7 +45,7 @@ def test_against_float64(case: Case, device: str) -> None:
         assert launched == [ops.plan(p.M, p.dtype, p.format, p.zeros, kernel)]
     else:
         assert launched[-1].startswith("epilogue_standalone")
-    error, allowed = errors(case, y)
+    error, allowed = errors(case, y, weight)
     assert y.dtype == p.dtype
     assert (error <= allowed).all()
     assert torch.equal(y, run(case, device, case.kernel))
@@ -115,14 +102,14 @@ def test_bad_input(change: dict[str, object], said: str) -> None:
         linear_residual(**{**given, **change})  # type: ignore[arg-type]
 
 
-def test_checked_mode_is_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checked_mode_is_clean(monkeypatch: pytest.MonkeyPatch, weight: Weight) -> None:
     checked = MetalKernelLibrary(FAMILY, device="cpu", lanes=32, checked=True)
     monkeypatch.setattr(ops, "library", lambda *_: checked)
     monkeypatch.setattr(ops, "plan_kind", lambda _: "mps")
     for d, format, zeros in ((HALF, "fp4", "none"), (torch.bfloat16, "int4", "packed")):
         for few in ("", "_decode"):
             case = Case(Product(3, 67, 168, 32, d, None, format, zeros), 0.375)
-            error, allowed = errors(case, run(case, "cpu", f"linear_residual_scaled_{format}{few}"))
+            error, allowed = errors(case, run(case, "cpu", f"linear_residual_scaled_{format}{few}"), weight)
             assert (error <= allowed).all()
 
 

@@ -46,8 +46,9 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct WideGe
         WideBits kept; // bits of the last step's words of memory
     };
 
-    static void run(GemvArguments<Q, T> a, GemvPlace at, threadgroup Shared&,
-                    Epilogue epilogue = Epilogue()) {
+    template <typename Input = PlainInput>
+    static void run(GemvArguments<Q, T> a, GemvPlace at, threadgroup Shared&, Epilogue epilogue = Epilogue(),
+                    Input input = Input()) {
         const uint begin = at.tgid.x * a.rows, end = min(begin + a.rows, a.N), token = at.tgid.y * kTokens;
         const Dot dot(Middle<Q>::value);
         Pass pass;
@@ -55,7 +56,7 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct WideGe
             const uint count = min(uint(kMost), end - row);
             for (uint k = 0; k < a.K; k += kBlock) {
                 const Block block = block_at(a, k);
-                if (row == begin || a.K > kBlock) reorder(a, token, block, pass);
+                if (row == begin || a.K > kBlock) reorder(a, token, block, pass, input);
                 rows(a, dot, row, count, block, pass);
             }
             for (uint m = 0; m < kTokens && token + m < a.M; ++m) {
@@ -89,17 +90,19 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct WideGe
         return b;
     }
 
+    template <typename Input>
     static void reorder(thread const GemvArguments<Q, T>& a, uint token, thread const Block& b,
-                        thread Pass& pass) {
+                        thread Pass& pass, Input input) {
         for (uint m = 0; m < kTokens; ++m) {
+            const typename Input::Row in = input.row(min(token + m, a.M - 1));
             device const T* x = a.x + ulong(min(token + m, a.M - 1)) * a.K + b.k;
             for (uint from = 0; from < b.size; from += kStep) {
                 float part[kStep];
                 if (from < b.whole) {
-                    for (uint i = 0; i < kStep; ++i) part[i] = float(x[from + i]);
+                    for (uint i = 0; i < kStep; ++i) part[i] = in.at(float(x[from + i]), b.k + from + i);
                 } else {
                     for (uint i = 0; i < kStep; ++i) part[i] = 0;
-                    for (uint i = from; i < b.size; ++i) part[i - b.last] = float(x[i]);
+                    for (uint i = from; i < b.size; ++i) part[i - b.last] = in.at(float(x[i]), b.k + i);
                 }
                 Dot::order(part, pass.xs[m] + from / kStep * Dot::kStored);
             }
@@ -110,7 +113,7 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct WideGe
                     float sum = 0;
                     for (uint i = uint(max(begin, ulong(b.k)) - b.k); i < min(end - b.k, ulong(b.size));
                          ++i) {
-                        sum += float(x[i]);
+                        sum += in.at(float(x[i]), b.k + i);
                     }
                     pass.grouped[m][g] = sum;
                 }

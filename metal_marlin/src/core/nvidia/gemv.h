@@ -37,6 +37,7 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct MmaGem
         device const uint* codes[2];
         typename Q::Row rows[2];
         device const T* x;
+        uint token;
         bool reads_x;
     };
     struct Codes {
@@ -86,8 +87,8 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct MmaGem
         return q;
     }
 
-    template <bool kAligned, bool kFine>
-    static Near near(thread const Arguments& a, thread const Lane& lane, uint k) {
+    template <bool kAligned, bool kFine, typename Input>
+    static Near near(thread const Arguments& a, thread const Lane& lane, uint k, Input input) {
         Near n;
         for (uint h = 0; h < 2; ++h) {
             for (uint run = 0; run < (kFine ? uint(kRuns) : 1); ++run) {
@@ -109,6 +110,7 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct MmaGem
                     }
                 }
             }
+            if (!Input::kPlain && lane.reads_x) n.x[j] = input.eight(n.x[j], lane.token, k + 8 * j);
         }
         return n;
     }
@@ -205,9 +207,9 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct MmaGem
         }
     }
 
-    template <bool kAligned, bool kFine>
+    template <bool kAligned, bool kFine, typename Input>
     static void sum(thread const Arguments& a, thread const Lane& lane, GemvPlace at,
-                    thread float (&total)[4]) {
+                    thread float (&total)[4], Input input) {
         const uint stride = at.sgs * kStep;
         uint k = at.sgid * kStep + kLane * (at.lane % 4);
         Codes next;
@@ -215,7 +217,7 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct MmaGem
         for (uint turn = at.sgid * kStep; turn < a.K; turn += stride) {
             Codes now = next;
             if (kFine) now = codes<kAligned>(a, lane, k);
-            const Near n = near<kAligned, kFine>(a, lane, k);
+            const Near n = near<kAligned, kFine>(a, lane, k, input);
             if (!kFine) {
                 next = codes<kAligned>(a, lane, k + stride);
             } else if (k + stride < a.K) { // registers are short: only to the second-level cache
@@ -226,7 +228,10 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct MmaGem
         }
     }
 
-    static void run(Arguments a, GemvPlace at, threadgroup Shared& sh, Epilogue epilogue = Epilogue()) {
+    template <typename Input = PlainInput>
+    static void run(Arguments a, GemvPlace at, threadgroup Shared& sh, Epilogue epilogue = Epilogue(),
+                    Input input = Input()) {
+        static_assert(Input::kPlain || kPerWord == 8, "MmaGemv: K is a multiple of 8");
         const uint first = at.tgid.x * kRows, token = at.tgid.y * kTokens;
         const uint r = at.lane / 4, c = at.lane % 4, words = Memory::stored(a.K);
         const uint tokens = min(uint(kTokens), a.M - token);
@@ -237,16 +242,17 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct MmaGem
             lane.rows[h] = a.row(row);
         }
         lane.reads_x = r < tokens;
-        lane.x = a.x + ulong(token + (lane.reads_x ? r : 0)) * a.K;
+        lane.token = token + (lane.reads_x ? r : 0);
+        lane.x = a.x + ulong(lane.token) * a.K;
 
         float total[4] = {0, 0, 0, 0};
         const bool coarse = (1u << a.shift) >= kStep; // a turn lies in one group
         if (coarse && a.aligned) {
-            sum<true, false>(a, lane, at, total);
+            sum<true, false>(a, lane, at, total, input);
         } else if (a.aligned) {
-            sum<true, true>(a, lane, at, total);
+            sum<true, true>(a, lane, at, total, input);
         } else {
-            sum<false, true>(a, lane, at, total);
+            sum<false, true>(a, lane, at, total, input);
         }
         const float unit = (coarse && a.aligned ? Decode::kUnit : 1.0f) * lane.rows[0].factor;
         threadgroup float* to = &sh.sums[at.sgid][r][2 * c];
