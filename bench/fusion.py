@@ -9,6 +9,7 @@ Correctness comes first, on the data that is timed.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ from common import (
 )
 
 from metal_marlin.formats import codec
-from metal_marlin.ops import linear_residual, norm_linear
+from metal_marlin.ops import linear_residual, norm_linear, norm_qkv
 from metal_marlin.ops.epilogue import epilogue
 from metal_marlin.ops.linear import linear
 from metal_marlin.ops.norm import rms_norm
@@ -90,9 +91,45 @@ def norms() -> list[Named]:
     return [named(case, candidates) for case in norm_linear.CASES if case.model]
 
 
+def attention() -> list[Named]:
+    def candidates(case: norm_qkv.Case, device: str, sets: int) -> dict[str, Candidate]:
+        data = [case.tensors(device, seed) for seed in range(sets)]
+        dense = [
+            torch.cat([codec("fp4").decode(*w, None, case.group, "none", case.dtype) for w in three])
+            for _, _, three in data[:4]
+        ]
+
+        def fused(kernel: str | None) -> Candidate:
+            def run(i: int) -> torch.Tensor:
+                x, weight, (q, k, v) = data[i]
+                return torch.cat(norm_qkv.norm_qkv(x, weight, q, k, v, case.group, kernel=kernel), -1)
+
+            return run
+
+        def four(i: int) -> torch.Tensor:
+            normed = rms_norm(*data[i][:2])
+            return torch.cat([linear(normed, *w, case.group) for w in data[i][2]], -1)
+
+        def library(i: int) -> torch.Tensor:
+            normed = torch.nn.functional.rms_norm(data[i][0], (case.K,), data[i][1], 1e-6)
+            return torch.nn.functional.linear(normed, dense[i % len(dense)])
+
+        rows = ["norm_qkv_fp4", *(["norm_qkv_fp4_decode"] if case.M <= 8 else [])]
+        ours = {**{name: fused(name) for name in rows}, "norm_qkv": fused(None), "rms_norm, 3 linear": four}
+        x, weight, (q, k, v) = data[0]
+        correct(str(case), ours, torch.cat(norm_qkv.norm_qkv_ref(x, weight, q, k, v, case.group), -1), device)
+        return {**ours, "torch, one W": library}
+
+    return [
+        (str(c), sum(c.rows) * c.K // 2, 2 * c.M * sum(c.rows) * c.K, functools.partial(candidates, c))
+        for c in norm_qkv.CASES
+        if c.model
+    ]
+
+
 def named(case: Any, candidates: Callable[[Any, str, int], dict[str, Candidate]]) -> Named:
     p = case.product
-    return str(case), p.N * p.K // 2, 2 * p.M * p.N * p.K, lambda device, sets: candidates(case, device, sets)
+    return str(case), p.N * p.K // 2, 2 * p.M * p.N * p.K, functools.partial(candidates, case)
 
 
 def correct(case: str, ours: dict[str, Candidate], wanted: torch.Tensor, device: str) -> None:
@@ -109,7 +146,7 @@ def main() -> None:
     options = parser.parse_args()
     for device in usable_devices(options.device):
         rows = []
-        for case, size, operations, candidates in (*residuals(), *norms()):
+        for case, size, operations, candidates in (*residuals(), *norms(), *attention()):
             sets = sets_needed(size, device, most=16)
             calls = candidates(device, sets)
             if device.startswith("cuda"):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from metal_marlin.ops.linear_residual import linear_residual
     from metal_marlin.ops.norm import layer_norm, rms_norm, rms_norm_residual
     from metal_marlin.ops.norm_linear import norm_linear
+    from metal_marlin.ops.norm_qkv import norm_qkv
     from metal_marlin.ops.tuning import tune
     from metal_marlin.quant.rtn import quantize
     from metal_marlin.quant.tensor import QuantizedTensor
@@ -40,6 +41,7 @@ _HOMES = {
     "linear_decode": "metal_marlin.ops.linear_decode",
     "linear_residual": "metal_marlin.ops.linear_residual",
     "norm_linear": "metal_marlin.ops.norm_linear",
+    "norm_qkv": "metal_marlin.ops.norm_qkv",
     "quantize": "metal_marlin.quant.rtn",
     "rms_norm": "metal_marlin.ops.norm",
     "rms_norm_residual": "metal_marlin.ops.norm",
@@ -64,6 +66,7 @@ __all__ = [
     "metal_kernel",
     "mps_tensor_to_metal_buffer",
     "norm_linear",
+    "norm_qkv",
     "quantize",
     "replace_linear_layers",
     "rms_norm",

@@ -20,11 +20,12 @@ _GRIDS = {"fp4": "marlin_gemm_fused_fp4", "int4": "marlin_gemm_fused_u4"}  # row
 
 @dataclass(frozen=True)
 class Grid:
-    """How a row is launched; ``shape``: its GemmShape or GemvShape."""
+    """How a row is launched; ``rows``: of W, of a threadgroup; ``shape``: its GemmShape or GemvShape."""
 
     threadgroups: tuple[int, ...]
     threads: int
     lanes: int
+    rows: int
     shape: bytes
 
 
@@ -60,9 +61,11 @@ def grid(
     aligned = aligned and K % 32 == 0 and on_16_bytes(x, codes)
     if few:
         d = linear_decode.plan(M, N, K, x.dtype, x.dtype, kind, pool, None, format, zeros)
-        return Grid(d.threadgroups, d.threads, d.lanes, struct.pack("=6q", M, N, K, group, d.rows, aligned))
+        return Grid(d.threadgroups, d.threads, d.lanes, d.rows, struct.pack("=6q", M, N, K, group, d.rows, aligned))
     p = gemm_plan(M, N, K, x.dtype, x.dtype, kind, format, zeros, pool, _GRIDS[format])
-    return Grid(p.threadgroups, p.threads, p.lanes, struct.pack("=7q", M, N, K, group, p.rows, p.tokens, aligned))
+    return Grid(
+        p.threadgroups, p.threads, p.lanes, p.rows, struct.pack("=7q", M, N, K, group, p.rows, p.tokens, aligned)
+    )
 
 
 def read(name: str) -> tuple[str, torch.dtype, str, int]:

@@ -70,6 +70,50 @@ static inline NormedInput<T> normed(device const T* x, device const T* weight,
 ENTRY(norm_linear, [[kernel, max_total_threads_per_threadgroup(128)]])
 ENTRY(norm_linear_few, [[kernel]])
 
+struct QkvRows {
+    long k, v; // rows of W of k and of v; those of q are the rest of N
+};
+#define QKV(entry, ...)                                                                                      \
+    template <typename Way, typename W, typename T>                                                          \
+    __VA_ARGS__ void entry(                                                                                  \
+        device const T* x [[buffer(0)]], device const uint* q_codes [[buffer(1)]],                           \
+        device const T* q_scales [[buffer(2)]], device const uint* k_codes [[buffer(3)]],                    \
+        device const T* k_scales [[buffer(4)]], device const uint* v_codes [[buffer(5)]],                    \
+        device const T* v_scales [[buffer(6)]], device T* q [[buffer(7)]], device T* k [[buffer(8)]],        \
+        device T* v [[buffer(9)]], constant typename Way::Shape& shape [[buffer(10)]],                       \
+        device const T* weight [[buffer(11)]], constant NormNumbers& numbers [[buffer(12)]],                 \
+        constant QkvRows& rows [[buffer(13)]], uint3 tgid [[threadgroup_position_in_grid]],                  \
+        uint sgid [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],               \
+        uint sgs [[simdgroups_per_threadgroup]]) {                                                           \
+        threadgroup typename Way::Shared sh;                                                                 \
+        const ReducePlace at = {sgid, lane, sgs};                                                            \
+        const uint each = uint(shape.rows), of_k = uint(rows.k), of_v = uint(rows.v);                        \
+        const uint of_q = uint(shape.N) - of_k - of_v;                                                       \
+        const uint before_k = (of_q + each - 1) / each, before_v = before_k + (of_k + each - 1) / each;      \
+        const bool is_q = tgid.x < before_k, is_k = tgid.x < before_v;                                       \
+        typename Way::Arguments a(x,                                                                         \
+                                  is_q   ? q_codes                                                           \
+                                  : is_k ? k_codes                                                           \
+                                         : v_codes,                                                          \
+                                  is_q   ? q_scales                                                          \
+                                  : is_k ? k_scales                                                          \
+                                         : v_scales,                                                         \
+                                  is_q   ? q_scales                                                          \
+                                  : is_k ? k_scales                                                          \
+                                         : v_scales,                                                         \
+                                  is_q   ? q                                                                 \
+                                  : is_k ? k                                                                 \
+                                         : v,                                                                \
+                                  shape);                                                                    \
+        a.N = is_q ? of_q : is_k ? of_k : of_v;                                                              \
+        const uint3 tile = uint3(tgid.x - (is_q ? 0 : is_k ? before_k : before_v), tgid.y, 0);               \
+        const NormedInput<T> input = normed<Way>(x, weight, shape, numbers, tgid.y, at, sh);                 \
+        const EpilogueArguments<T> none = {x, x, a.N, 1.0f};                                                 \
+        Way::Core::run(a, Way::place(tile, at), sh.core, Finish<T, kAlone>(none), input);                    \
+    }
+QKV(norm_qkv, [[kernel, max_total_threads_per_threadgroup(128)]])
+QKV(norm_qkv_few, [[kernel]])
+
 #define ROW(name, key, one, W, T, kJoin)                                                                     \
     INSTANTIATE(name key, norm_linear<Many<W<T>, T, kJoin>, W<T>, T, kJoin>)                                 \
     INSTANTIATE(name "_decode" key, norm_linear_few<Few<W<T>, T, kJoin, 8>, W<T>, T, kJoin>)                 \
@@ -84,3 +128,10 @@ ROWS("int4", "", "", "__m1", Int4)
 ROWS("int4", "__zpoint", "_zpoint", "_m1", Int4Point)
 ROWS("int4", "__zpacked", "_zpacked", "_m1", Int4Packed)
 ROWS("int4", "__zbias", "_zbias", "_m1", Int4Bias)
+
+#define QKV_ROWS(key, one, T)                                                                                \
+    INSTANTIATE("norm_qkv_fp4" key, norm_qkv<Many<Fp4<T>, T, kAlone>, Fp4<T>, T>)                            \
+    INSTANTIATE("norm_qkv_fp4_decode" key, norm_qkv_few<Few<Fp4<T>, T, kAlone, 8>, Fp4<T>, T>)               \
+    INSTANTIATE("norm_qkv_fp4_decode" key one, norm_qkv_few<Few<Fp4<T>, T, kAlone, 1>, Fp4<T>, T>)
+QKV_ROWS("", "__m1", half)
+QKV_ROWS("__tbf16", "_m1", bfloat)

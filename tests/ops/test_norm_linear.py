@@ -69,7 +69,8 @@ def test_rows_are_what_plans_name() -> None:
         for format, zeros in (("fp4", "none"), *(("int4", z) for z in ("none", "point", "packed", "bias")))
         for few in ("", "_decode")
     }
-    assert names == set(MetalKernelLibrary(FAMILY, device="cpu").kernels)
+    kernels = MetalKernelLibrary(FAMILY, device="cpu").kernels
+    assert names == {name for name in kernels if name.startswith("norm_linear")}
     assert len(names) == 30
 
 
