@@ -73,19 +73,22 @@ def norms() -> list[Named]:
         dense = [codec("fp4").decode(d[2], d[3], None, p.group, "none", p.dtype) for d in data[:4]]
 
         def fused(kernel: str | None) -> Candidate:
-            return lambda i: norm_linear.norm_linear(*data[i][:4], p.group, kernel=kernel)
+            return lambda i: norm_linear.norm_linear(*data[i][:4], p.group, residual=data[i][5], kernel=kernel)
 
-        def two(i: int) -> torch.Tensor:
-            x, weight, codes, scales, _ = data[i]
-            return linear(rms_norm(x, weight), codes, scales, p.group)
+        def apart(i: int) -> torch.Tensor:
+            x, weight, codes, scales, _, residual = data[i]
+            y = linear(rms_norm(x, weight), codes, scales, p.group)
+            return y if residual is None else epilogue(y, residual=residual)
 
         def library(i: int) -> torch.Tensor:
             normed = torch.nn.functional.rms_norm(data[i][0], (p.K,), data[i][1], 1e-6)
-            return torch.nn.functional.linear(normed, dense[i % len(dense)])
+            y, residual = torch.nn.functional.linear(normed, dense[i % len(dense)]), data[i][5]
+            return y if residual is None else residual + y
 
-        rows = [f"norm_linear_fp4{few}" for few in ("", *(["_decode"] if p.M <= 8 else []))]
-        ours = {**{name: fused(name) for name in rows}, "norm_linear": fused(None), "rms_norm, linear": two}
-        correct(str(case), ours, norm_linear.norm_linear_ref(*data[0][:4], p.group), device)
+        rows = norm_linear.kernels("fp4", case.added)[: 2 if p.M <= 8 else 1]
+        steps = "rms_norm, linear, epilogue" if case.added else "rms_norm, linear"
+        ours = {**{name: fused(name) for name in rows}, "norm_linear": fused(None), steps: apart}
+        correct(str(case), ours, norm_linear.norm_linear_ref(*data[0][:4], p.group, residual=data[0][5]), device)
         return {**ours, "torch": library}
 
     return [named(case, candidates) for case in norm_linear.CASES if case.model]

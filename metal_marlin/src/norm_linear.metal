@@ -120,7 +120,9 @@ QKV(norm_qkv_few, [[kernel]])
     INSTANTIATE(name "_decode" key one, norm_linear_few<Few<W<T>, T, kJoin, 1>, W<T>, T, kJoin>)
 #define ROWS(format, key, later, one, W)                                                                     \
     ROW("norm_linear_" format, key, one, W, half, kAlone)                                                    \
-    ROW("norm_linear_" format, "__tbf16" later, "_m1", W, bfloat, kAlone)
+    ROW("norm_linear_" format, "__tbf16" later, "_m1", W, bfloat, kAlone)                                    \
+    ROW("norm_linear_residual_" format, key, one, W, half, kResidual)                                        \
+    ROW("norm_linear_residual_" format, "__tbf16" later, "_m1", W, bfloat, kResidual)
 
 // key, later: zeros, where the dtype is not said before and where it is
 ROWS("fp4", "", "", "__m1", Fp4)

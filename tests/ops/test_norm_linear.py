@@ -30,11 +30,13 @@ def composed(x: torch.Tensor, w: torch.Tensor, offset: float) -> torch.Tensor:
 def errors(case: Case, y: torch.Tensor, weight: Weight) -> tuple[torch.Tensor, torch.Tensor]:
     """Of rows of y: from float64, and what is allowed: twice that of the composition in x's dtype with dequantised
     weights, and a rounding, which the composition may miss by chance."""
-    x, w, codes, scales, extra = case.tensors()
+    x, w, codes, scales, extra, residual = case.tensors()
     W, wide = weight(case.product, codes, scales, extra), x.double()
     normed = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (w.double() + case.offset)
-    exact = normed @ W.T
-    theirs = (composed(x, w, case.offset) @ W.to(x.dtype).T).double() - exact
+    exact, product = normed @ W.T, composed(x, w, case.offset) @ W.to(x.dtype).T
+    if residual is not None:
+        exact, product = residual.double() + exact, residual + product
+    theirs = product.double() - exact
     rounding = torch.finfo(x.dtype).eps / 2 * exact.norm(dim=-1)
     if case.product.N == 1:  # one number is no measure of theirs
         rounding += torch.finfo(x.dtype).eps * (normed.square() @ W.square().T).sqrt()[:, 0]
@@ -48,11 +50,9 @@ def test_against_float64(case: Case, device: str, weight: Weight) -> None:
     before = counters()
     y = run(case, device, case.kernel)
     launched = list(counters() - before)
-    if case.kernel or p.M == 1:
-        kernel = case.kernel or f"norm_linear_{p.format}_decode"
-        assert launched == [ops.plan(p.M, p.dtype, p.format, p.zeros, kernel)]
-    elif device == "cuda" and p.M == 2:
-        assert launched == [ops.plan(p.M, p.dtype, p.format, p.zeros, f"norm_linear_{p.format}_decode")]
+    if case.kernel or p.M == 1 or (device == "cuda" and p.M <= 8):
+        kernel = case.kernel or f"norm_linear{'_residual' * case.added}_{p.format}_decode"
+        assert launched == [ops.plan(p.M, p.dtype, p.format, p.zeros, kernel, case.added)]
     else:
         assert launched[0].startswith("rms_norm")
     error, allowed = errors(case, y, weight)
@@ -63,20 +63,21 @@ def test_against_float64(case: Case, device: str, weight: Weight) -> None:
 
 def test_rows_are_what_plans_name() -> None:
     names = {
-        ops.plan(M, d, format, zeros, f"norm_linear_{format}{few}")
+        ops.plan(M, d, format, zeros, f"norm_linear{'_residual' * added}_{format}{few}", added)
         for M in (1, 8)
         for d in (torch.float16, torch.bfloat16)
         for format, zeros in (("fp4", "none"), *(("int4", z) for z in ("none", "point", "packed", "bias")))
         for few in ("", "_decode")
+        for added in (False, True)
     }
     kernels = MetalKernelLibrary(FAMILY, device="cpu").kernels
     assert names == {name for name in kernels if name.startswith("norm_linear")}
-    assert len(names) == 30
+    assert len(names) == 60
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_shapes(device: str) -> None:
-    x, w, codes, scales, _ = Case(Product(6, 20, 64, 32)).tensors(device)
+    x, w, codes, scales, *_ = Case(Product(6, 20, 64, 32)).tensors(device)
     flat = norm_linear(x, w, codes, scales, 32)
     assert torch.equal(norm_linear(x.view(2, 3, 64), w, codes, scales, 32), flat.view(2, 3, 20))
     assert norm_linear(x[:0], w, codes, scales, 32).shape == (0, 20)
@@ -95,11 +96,13 @@ def test_shapes(device: str) -> None:
         ({"weight": torch.zeros(64)}, "weight is torch.float32"),
         ({"scales": torch.zeros(20, 2)}, "scales is torch.float32, x is torch.float16"),
         ({"kernel": "norm_linear_int4"}, "kernel is 'norm_linear_int4'"),
+        ({"kernel": "norm_linear_residual_fp4"}, "kernel is 'norm_linear_residual_fp4'"),
+        ({"residual": torch.zeros(5, 20, dtype=HALF)}, r"residual is torch.float16 \(5, 20\); needs .* \(6, 20\)"),
         ({"format": "int2", "codes": torch.zeros(20, 4, dtype=torch.int32)}, "W is int2, x is torch.float16"),
     ],
 )
 def test_bad_input(change: dict[str, object], said: str) -> None:
-    x, w, codes, scales, _ = Case(Product(6, 20, 64, 32)).tensors()
+    x, w, codes, scales, *_ = Case(Product(6, 20, 64, 32)).tensors()
     given: dict[str, object] = {"x": x, "weight": w, "codes": codes, "scales": scales, "group_size": 32}
     with pytest.raises(ArgumentError, match=said):
         norm_linear(**{**given, **change})  # type: ignore[arg-type]
@@ -112,15 +115,16 @@ def test_checked_mode_is_clean(monkeypatch: pytest.MonkeyPatch, weight: Weight) 
     for d, format, zeros in ((HALF, "fp4", "none"), (torch.bfloat16, "int4", "packed")):
         for few in ("", "_decode"):
             for M, K in ((3, 168), (1, 96)):  # not aligned and aligned
-                case = Case(Product(M, 67, K, 32, d, None, format, zeros), 1.0)
-                error, allowed = errors(case, run(case, "cpu", f"norm_linear_{format}{few}"), weight)
+                case = Case(Product(M, 67, K, 32, d, None, format, zeros), 1.0, added=M == 3)
+                kernel = f"norm_linear{'_residual' * case.added}_{format}{few}"
+                error, allowed = errors(case, run(case, "cpu", kernel), weight)
                 assert (error <= allowed).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_is_an_op_to_torch(device: str) -> None:
-    x, w, codes, scales, _ = Case(Product(6, 20, 64, 32)).tensors(device)
-    arguments = (x, w, codes, scales, None, 1e-6, 0.0, "fp4", "none", 32, None)
+    x, w, codes, scales, *_ = Case(Product(6, 20, 64, 32)).tensors(device)
+    arguments = (x, w, codes, scales, None, None, 1e-6, 0.0, "fp4", "none", 32, None)
     torch.library.opcheck(torch.ops.metal_marlin.norm_linear.default, arguments)
     ours = torch.compile(lambda x: norm_linear(x, w, codes, scales, 32) + 1, backend="aot_eager", fullgraph=True)
     assert torch.equal(ours(x), norm_linear(x, w, codes, scales, 32) + 1)
