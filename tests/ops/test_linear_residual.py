@@ -27,7 +27,10 @@ def errors(case: Case, y: torch.Tensor, weight: Weight) -> tuple[torch.Tensor, t
     W = weight(case.product, codes, scales, extra)
     exact = residual.double() + case.scale * (x.double() @ W.T)
     theirs = residual + case.scale * (x @ W.to(x.dtype).T)
-    rounding = torch.finfo(x.dtype).eps / 2 * exact.norm(dim=-1)
+    eps = torch.finfo(x.dtype).eps
+    rounding = eps / 2 * exact.norm(dim=-1)
+    if case.product.N < 4:  # few numbers are no measure of theirs
+        rounding += eps * (x.double().square() @ W.square().T).sqrt().norm(dim=-1)
     return (y.cpu().double() - exact).norm(dim=-1), 2 * (theirs.double() - exact).norm(dim=-1) + rounding
 
 

@@ -38,8 +38,8 @@ def errors(case: Case, y: torch.Tensor, weight: Weight) -> tuple[torch.Tensor, t
         exact, product = residual.double() + exact, residual + product
     theirs = product.double() - exact
     rounding = torch.finfo(x.dtype).eps / 2 * exact.norm(dim=-1)
-    if case.product.N == 1:  # one number is no measure of theirs
-        rounding += torch.finfo(x.dtype).eps * (normed.square() @ W.square().T).sqrt()[:, 0]
+    if case.product.N < 4:  # few numbers are no measure of theirs
+        rounding += torch.finfo(x.dtype).eps * (normed.square() @ W.square().T).sqrt().norm(dim=-1)
     return (y.cpu().double() - exact).norm(dim=-1), 2 * theirs.norm(dim=-1) + rounding
 
 
