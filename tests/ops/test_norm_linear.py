@@ -54,7 +54,7 @@ def test_against_float64(case: Case, device: str, weight: Weight) -> None:
         kernel = case.kernel or f"norm_linear{'_residual' * case.added}_{p.format}_decode"
         assert launched == [ops.plan(p.M, p.dtype, p.format, p.zeros, kernel, case.added)]
     else:
-        assert launched[0].startswith("rms_norm")
+        assert any(name.startswith("rms_norm") for name in launched)
     error, allowed = errors(case, y, weight)
     assert y.dtype == p.dtype
     assert (error <= allowed).all()

@@ -48,7 +48,7 @@ def test_against_float64(case: Case, device: str, weight: Weight) -> None:
     if case.kernel or case.M == 1 or (device == "cuda" and case.M == 2):
         assert launched == [ops.plan(case.M, case.dtype, case.kernel or "norm_qkv_fp4_decode")]
     else:
-        assert launched[0].startswith("rms_norm")
+        assert any(name.startswith("rms_norm") for name in launched)
     holds(case, made, weight)
     assert all(torch.equal(a, b) for a, b in zip(made, run(case, device, case.kernel), strict=True))
 
