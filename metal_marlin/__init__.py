@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from metal_marlin.ops.dequantize import dequantize
     from metal_marlin.ops.linear import linear
     from metal_marlin.ops.linear_decode import linear_decode
+    from metal_marlin.ops.linear_residual import linear_residual
     from metal_marlin.ops.norm import layer_norm, rms_norm, rms_norm_residual
+    from metal_marlin.ops.norm_linear import norm_linear
+    from metal_marlin.ops.norm_qkv import norm_qkv
     from metal_marlin.ops.tuning import tune
     from metal_marlin.quant.rtn import quantize
     from metal_marlin.quant.tensor import QuantizedTensor
@@ -36,6 +39,9 @@ _HOMES = {
     "layer_norm": "metal_marlin.ops.norm",
     "linear": "metal_marlin.ops.linear",
     "linear_decode": "metal_marlin.ops.linear_decode",
+    "linear_residual": "metal_marlin.ops.linear_residual",
+    "norm_linear": "metal_marlin.ops.norm_linear",
+    "norm_qkv": "metal_marlin.ops.norm_qkv",
     "quantize": "metal_marlin.quant.rtn",
     "rms_norm": "metal_marlin.ops.norm",
     "rms_norm_residual": "metal_marlin.ops.norm",
@@ -56,8 +62,11 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_decode",
+    "linear_residual",
     "metal_kernel",
     "mps_tensor_to_metal_buffer",
+    "norm_linear",
+    "norm_qkv",
     "quantize",
     "replace_linear_layers",
     "rms_norm",

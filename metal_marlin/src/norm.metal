@@ -5,12 +5,12 @@
 //   rms_norm_residual  h = x + residual, rounded and stored in `sum`; y = rms_norm of the rounded h
 //   layer_norm         y = (x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias
 //
-// With offset 0 the normalised x is rounded to T before the weight multiplies it, as the Llama family does; with another
-// (Gemma: 1) there is one rounding. Layer norm takes the mean first and the squares of what is left after it, so that a
+// Roundings of rms_norm: core/norm.h. Layer norm takes the mean first and the squares of what is left after it, so that a
 // large mean costs no digits. Source: RMSNorm, arXiv 1910.07467; layer norm, arXiv 1607.06450.
 // Rows: <name>[__t<dtype>]; weight and bias are T. Grid: x = rows; ops/norm.py holds the number of threads.
 #include <metal_stdlib>
 #include "core/instantiate.h"
+#include "core/norm.h"
 #include "core/reduce.h"
 using namespace metal;
 
@@ -18,20 +18,16 @@ struct NormShape {
     long width;
     long bias; // layer_norm: 0 where there is none
 };
-struct NormNumbers {
-    float eps, offset;
-};
-
 template <typename T>
 static inline void scale_row(device const T* x, device const T* weight, device T* y, uint width, float factor,
                              float offset, ReducePlace at) {
     if (offset == 0) {
         for (uint i = at.first(); i < width; i += at.stride()) {
-            y[i] = T(float(T(float(x[i]) * factor)) * float(weight[i]));
+            y[i] = rms_scaled<T>(float(x[i]), factor, float(weight[i]), 0.0f);
         }
     } else {
         for (uint i = at.first(); i < width; i += at.stride()) {
-            y[i] = T(float(x[i]) * factor * (float(weight[i]) + offset));
+            y[i] = rms_scaled<T>(float(x[i]), factor, float(weight[i]), offset);
         }
     }
 }

@@ -8,13 +8,15 @@
 //   extra   E     zeros, biases, a factor; anything where the format has none
 //   y       T     [M, N]
 //
-// Gemv<Q, T, kTokens> is the device's pipeline for Q = Quantized<Format, Scale, Extra>:
+// Gemv<Q, T, kTokens, Epilogue> is the device's pipeline for Q = Quantized<Format, Scale, Extra>:
 //   apple   gemv_simd.h: a simdgroup takes kRows rows, a lane 16 bytes of each at a time.
 //   nvidia  mma for half and bfloat (weights are the left operand: 1 to 8 tokens cost the same), gemv_simd.h for float.
 //   cpu     one lane: a threadgroup takes `rows` rows, 64 bytes a step in vector registers; 32 lanes: gemv_simd.h.
 // Sources: own.
 #include <metal_stdlib>
 #include "core/constants.h"
+#include "core/epilogue.h"
+#include "core/input.h"
 #include "formats/nf3.h" // for nvidia/operand.h: what is included under an #if is nowhere else
 #include "formats/quantized.h"
 using namespace metal;

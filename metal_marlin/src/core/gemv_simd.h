@@ -4,7 +4,9 @@
 //   kWords  16 bytes of a row a lane are one load; 32 are two, with fewer rows
 //   kTile   0: x is read from device memory; else the threadgroup brings kTile elements of it into its own memory first,
 //           for all of its simdgroups
-template <typename Q, typename T, uint kTokens, uint kWords_ = 0, uint kTile = 0> struct SimdGemv {
+template <typename Q, typename T, uint kTokens, uint kWords_ = 0, uint kTile = 0,
+          typename Epilogue = NoEpilogue>
+struct SimdGemv {
     typedef typename Q::Format Format;
     typedef CodeWords<Format> Memory;
     enum : uint {
@@ -75,8 +77,9 @@ template <typename Q, typename T, uint kTokens, uint kWords_ = 0, uint kTile = 0
         }
     }
 
+    template <typename Input>
     static Inputs inputs(thread const GemvArguments<Q, T>& a, uint token, uint k, uint tile,
-                         threadgroup const Shared& sh) {
+                         threadgroup const Shared& sh, Input input) {
         Inputs in;
 #pragma unroll
         for (uint m = 0; m < kTokens; ++m) {
@@ -84,7 +87,15 @@ template <typename Q, typename T, uint kTokens, uint kWords_ = 0, uint kTile = 0
 #pragma unroll
                 for (uint i = 0; i < kStep; ++i) in.x[m][i] = float(sh.x[k - tile + i]);
             } else {
-                read(a.x + ulong(min(token + m, a.M - 1)) * a.K + k, a.K - k, a.aligned, in.x[m]);
+                const uint row = min(token + m, a.M - 1);
+                read(a.x + ulong(row) * a.K + k, a.K - k, a.aligned, in.x[m]);
+                if (!Input::kPlain) {
+                    const typename Input::Row of = input.row(row);
+#pragma unroll
+                    for (uint i = 0; i < kStep; ++i) {
+                        if (k + i < a.K) in.x[m][i] = of.at(in.x[m][i], k + i);
+                    }
+                }
             }
             if (Q::kAffine) {
 #pragma unroll
@@ -108,7 +119,10 @@ template <typename Q, typename T, uint kTokens, uint kWords_ = 0, uint kTile = 0
         threadgroup_barrier(mem_flags::mem_threadgroup);
     }
 
-    static void run(GemvArguments<Q, T> a, GemvPlace at, threadgroup Shared& sh) {
+    template <typename Input = PlainInput>
+    static void run(GemvArguments<Q, T> a, GemvPlace at, threadgroup Shared& sh,
+                    Epilogue epilogue = Epilogue(), Input input = Input()) {
+        static_assert(Input::kPlain || kTile == 0, "SimdGemv: a tile holds x as it is");
         const uint first = (at.tgid.x * at.sgs + at.sgid) * kRows, token = at.tgid.y * kTokens;
         float total[kRows][kTokens];
 #pragma unroll
@@ -121,7 +135,7 @@ template <typename Q, typename T, uint kTokens, uint kWords_ = 0, uint kTile = 0
             if (kTile) stage(a, token, tile, at, sh);
             const uint end = min(a.K, tile + length);
             for (uint k = tile + at.lane * kStep; k < end; k += kSimdWidth * kStep) {
-                const Inputs in = inputs(a, token, k, tile, sh);
+                const Inputs in = inputs(a, token, k, tile, sh, input);
 #pragma unroll
                 for (uint r = 0; r < kRows; ++r) {
                     const ulong n = min(first + r, a.N - 1);
@@ -137,7 +151,7 @@ template <typename Q, typename T, uint kTokens, uint kWords_ = 0, uint kTile = 0
             for (uint m = 0; m < kTokens; ++m) {
                 const float sum = simd_sum(total[r][m]);
                 if (at.lane == 0 && first + r < a.N && token + m < a.M) {
-                    a.y[ulong(token + m) * a.N + first + r] = T(sum);
+                    a.y[ulong(token + m) * a.N + first + r] = T(epilogue.apply(sum, token + m, first + r));
                 }
             }
         }

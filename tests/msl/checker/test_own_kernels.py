@@ -11,7 +11,7 @@ import torch
 
 from metal_marlin import MetalKernelLibrary, get_shader_source
 from metal_marlin.errors import KernelCheckError
-from metal_marlin.ops import dequantize, linear_decode, marlin_gemm, norm, selfcheck, weights
+from metal_marlin.ops import dequantize, linear_decode, marlin_gemm, norm, norm_linear, selfcheck, weights
 from metal_marlin.ops.inventory import inventory, op_specs
 
 ROWS = [(row.file, row.name) for row in inventory() if row.op]
@@ -103,6 +103,10 @@ def layer() -> object:
     return norm.layer_norm(torch.randn(2, 600).half(), torch.ones(600).half())
 
 
+def fused(kernel: str, M: int = 3) -> Callable[[], object]:
+    return lambda: norm_linear.run(norm_linear.Case(linear_decode.Case(M, 70, 160, 32)), "cpu", kernel)
+
+
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 PARTS = "if (at.lane == 0) sh.parts[at.sgid] = part;"
 SUMMED = "for (uint i = 0; i < at.sgs; ++i) sum += sh.parts[i];"
@@ -110,6 +114,7 @@ SQUARES = "for (uint i = at.first(); i < width; i += at.stride()) squares += flo
 FILLED = "put(f, tid, sh.w[0], sh.x[0]);"
 NEXT = "if (more) put(f, tid, sh.w[next], sh.x[next]);"
 STAGED = "sh.x[i] = tile + i < a.K ? x[tile + i] : T(0);"
+FACTOR = "sh.parts[0][m] = precise::rsqrt(sum / float(K) + numbers.eps);"
 RACE, OUTSIDE, UNKNOWN = ("race",), ("out-of-bounds",), ("uninitialised-read",)
 MISTAKES = [
     Wrong("no barrier before the sum", "rms_norm", f"{PARTS}\n    {BARRIER}", PARTS, RACE, rms),
@@ -233,6 +238,38 @@ MISTAKES = [
         OUTSIDE,
         gemv("decode_gemv_fp4", 256),
     ),
+    Wrong(
+        "no barrier before the factors",
+        "norm_linear_fp4",
+        f"{BARRIER}\n        for (uint m = at.first()",
+        "for (uint m = at.first()",
+        RACE,
+        fused("norm_linear_fp4"),
+    ),
+    Wrong(
+        "no barrier after the factors",
+        "norm_linear_fp4_decode",
+        f"{FACTOR}\n        }}\n        {BARRIER}",
+        f"{FACTOR}\n        }}",
+        RACE,
+        fused("norm_linear_fp4_decode"),
+    ),
+    Wrong(
+        "factors of tokens that are there alone",
+        "norm_linear_fp4",
+        "for (uint m = at.first(); m < kTokens;",
+        "for (uint m = at.first(); m < tokens;",
+        UNKNOWN,
+        fused("norm_linear_fp4"),
+    ),
+    Wrong(
+        "squares behind x",
+        "norm_linear_fp4_decode",
+        "for (uint m = 0; m < tokens; ++m) {\n            const float part",
+        "for (uint m = 0; m < kTokens; ++m) {\n            const float part",
+        OUTSIDE,
+        fused("norm_linear_fp4_decode"),
+    ),
 ]
 
 
@@ -241,7 +278,7 @@ def test_mistakes_in_our_cores_are_found(wrong: Wrong, monkeypatch: pytest.Monke
     source = get_shader_source(wrong.kernel)
     assert source.count(wrong.old) == 1, source.count(wrong.old)
     library = MetalKernelLibrary(source.replace(wrong.old, wrong.new), device="cpu", checked=True)
-    for module in (marlin_gemm, linear_decode, norm, dequantize):
+    for module in (marlin_gemm, linear_decode, norm, dequantize, norm_linear):
         monkeypatch.setattr(module, "library", lambda *_: library)
     with pytest.raises(KernelCheckError) as caught:
         wrong.run()

@@ -1,4 +1,5 @@
 #pragma once
 #if !defined(__METAL_MARLIN_CPU__) && !defined(__METAL_MARLIN_CUDA__)
-template <typename Q, typename T, uint kTokens> using Gemv = SimdGemv<Q, T, kTokens>;
+template <typename Q, typename T, uint kTokens, typename Epilogue = NoEpilogue>
+using Gemv = SimdGemv<Q, T, kTokens, 0, 0, Epilogue>;
 #endif

@@ -1,6 +1,7 @@
 #pragma once
 #if defined(__METAL_MARLIN_CPU__) && METAL_MARLIN_LANES != 1
-template <typename Q, typename T, uint kTokens> using Gemv = SimdGemv<Q, T, kTokens>;
+template <typename Q, typename T, uint kTokens, typename Epilogue = NoEpilogue>
+using Gemv = SimdGemv<Q, T, kTokens, 0, 0, Epilogue>;
 #endif
 
 #if defined(__METAL_MARLIN_CPU__) && METAL_MARLIN_LANES == 1
@@ -9,7 +10,7 @@ template <typename Q, typename T, uint kTokens> using Gemv = SimdGemv<Q, T, kTok
 // One lane. A step takes 16 words of codes of a row, see dot.h; x is brought into the order that this needs once for all rows of
 // the threadgroup, and summed by group where weights have an offset. Scales of kRows rows are made floats before their
 // codes are read, many at once.
-template <typename Q, typename T, uint kTokens> struct WideGemv {
+template <typename Q, typename T, uint kTokens, typename Epilogue> struct WideGemv {
     typedef typename WideDotOf<typename Q::Format, T, Q::Format::kBits>::type Dot;
     typedef typename Dot::Stored Stored;
     typedef CodeWords<typename Q::Format> Memory;
@@ -45,7 +46,9 @@ template <typename Q, typename T, uint kTokens> struct WideGemv {
         WideBits kept; // bits of the last step's words of memory
     };
 
-    static void run(GemvArguments<Q, T> a, GemvPlace at, threadgroup Shared&) {
+    template <typename Input = PlainInput>
+    static void run(GemvArguments<Q, T> a, GemvPlace at, threadgroup Shared&, Epilogue epilogue = Epilogue(),
+                    Input input = Input()) {
         const uint begin = at.tgid.x * a.rows, end = min(begin + a.rows, a.N), token = at.tgid.y * kTokens;
         const Dot dot(Middle<Q>::value);
         Pass pass;
@@ -53,11 +56,14 @@ template <typename Q, typename T, uint kTokens> struct WideGemv {
             const uint count = min(uint(kMost), end - row);
             for (uint k = 0; k < a.K; k += kBlock) {
                 const Block block = block_at(a, k);
-                if (row == begin || a.K > kBlock) reorder(a, token, block, pass);
+                if (row == begin || a.K > kBlock) reorder(a, token, block, pass, input);
                 rows(a, dot, row, count, block, pass);
             }
             for (uint m = 0; m < kTokens && token + m < a.M; ++m) {
-                for (uint r = 0; r < count; ++r) a.y[ulong(token + m) * a.N + row + r] = T(pass.sums[r][m]);
+                for (uint r = 0; r < count; ++r) {
+                    a.y[ulong(token + m) * a.N + row + r] =
+                        T(epilogue.apply(pass.sums[r][m], token + m, row + r));
+                }
             }
         }
     }
@@ -84,17 +90,19 @@ template <typename Q, typename T, uint kTokens> struct WideGemv {
         return b;
     }
 
+    template <typename Input>
     static void reorder(thread const GemvArguments<Q, T>& a, uint token, thread const Block& b,
-                        thread Pass& pass) {
+                        thread Pass& pass, Input input) {
         for (uint m = 0; m < kTokens; ++m) {
+            const typename Input::Row in = input.row(min(token + m, a.M - 1));
             device const T* x = a.x + ulong(min(token + m, a.M - 1)) * a.K + b.k;
             for (uint from = 0; from < b.size; from += kStep) {
                 float part[kStep];
                 if (from < b.whole) {
-                    for (uint i = 0; i < kStep; ++i) part[i] = float(x[from + i]);
+                    for (uint i = 0; i < kStep; ++i) part[i] = in.at(float(x[from + i]), b.k + from + i);
                 } else {
                     for (uint i = 0; i < kStep; ++i) part[i] = 0;
-                    for (uint i = from; i < b.size; ++i) part[i - b.last] = float(x[i]);
+                    for (uint i = from; i < b.size; ++i) part[i - b.last] = in.at(float(x[i]), b.k + i);
                 }
                 Dot::order(part, pass.xs[m] + from / kStep * Dot::kStored);
             }
@@ -105,7 +113,7 @@ template <typename Q, typename T, uint kTokens> struct WideGemv {
                     float sum = 0;
                     for (uint i = uint(max(begin, ulong(b.k)) - b.k); i < min(end - b.k, ulong(b.size));
                          ++i) {
-                        sum += float(x[i]);
+                        sum += in.at(float(x[i]), b.k + i);
                     }
                     pass.grouped[m][g] = sum;
                 }
@@ -204,5 +212,6 @@ template <typename Q, typename T, uint kTokens> struct WideGemv {
     }
 };
 
-template <typename Q, typename T, uint kTokens> using Gemv = WideGemv<Q, T, kTokens>;
+template <typename Q, typename T, uint kTokens, typename Epilogue = NoEpilogue>
+using Gemv = WideGemv<Q, T, kTokens, Epilogue>;
 #endif

@@ -9,7 +9,7 @@
 // c reads weights kLane * c ... of rows r and r + 8, and x of token r. What hides the time of a read is other
 // simdgroups: at 64 registers two threadgroups of 512 share a multiprocessor, which was faster than fewer simdgroups
 // that read further ahead (H200: 12.1 us against 13 to 17 for 4096 x 14336 in fp4).
-template <typename Q, typename T, uint kTokens> struct MmaGemv {
+template <typename Q, typename T, uint kTokens, typename Epilogue> struct MmaGemv {
     typedef typename Q::Format Format;
     typedef typename Q::S S;
     typedef MmaDecode<Format, T> Decode;
@@ -37,6 +37,7 @@ template <typename Q, typename T, uint kTokens> struct MmaGemv {
         device const uint* codes[2];
         typename Q::Row rows[2];
         device const T* x;
+        uint token;
         bool reads_x;
     };
     struct Codes {
@@ -86,8 +87,8 @@ template <typename Q, typename T, uint kTokens> struct MmaGemv {
         return q;
     }
 
-    template <bool kAligned, bool kFine>
-    static Near near(thread const Arguments& a, thread const Lane& lane, uint k) {
+    template <bool kAligned, bool kFine, typename Input>
+    static Near near(thread const Arguments& a, thread const Lane& lane, uint k, Input input) {
         Near n;
         for (uint h = 0; h < 2; ++h) {
             for (uint run = 0; run < (kFine ? uint(kRuns) : 1); ++run) {
@@ -109,6 +110,7 @@ template <typename Q, typename T, uint kTokens> struct MmaGemv {
                     }
                 }
             }
+            if (!Input::kPlain && lane.reads_x) n.x[j] = input.eight(n.x[j], lane.token, k + 8 * j);
         }
         return n;
     }
@@ -205,9 +207,9 @@ template <typename Q, typename T, uint kTokens> struct MmaGemv {
         }
     }
 
-    template <bool kAligned, bool kFine>
+    template <bool kAligned, bool kFine, typename Input>
     static void sum(thread const Arguments& a, thread const Lane& lane, GemvPlace at,
-                    thread float (&total)[4]) {
+                    thread float (&total)[4], Input input) {
         const uint stride = at.sgs * kStep;
         uint k = at.sgid * kStep + kLane * (at.lane % 4);
         Codes next;
@@ -215,7 +217,7 @@ template <typename Q, typename T, uint kTokens> struct MmaGemv {
         for (uint turn = at.sgid * kStep; turn < a.K; turn += stride) {
             Codes now = next;
             if (kFine) now = codes<kAligned>(a, lane, k);
-            const Near n = near<kAligned, kFine>(a, lane, k);
+            const Near n = near<kAligned, kFine>(a, lane, k, input);
             if (!kFine) {
                 next = codes<kAligned>(a, lane, k + stride);
             } else if (k + stride < a.K) { // registers are short: only to the second-level cache
@@ -226,7 +228,10 @@ template <typename Q, typename T, uint kTokens> struct MmaGemv {
         }
     }
 
-    static void run(Arguments a, GemvPlace at, threadgroup Shared& sh) {
+    template <typename Input = PlainInput>
+    static void run(Arguments a, GemvPlace at, threadgroup Shared& sh, Epilogue epilogue = Epilogue(),
+                    Input input = Input()) {
+        static_assert(Input::kPlain || kPerWord == 8, "MmaGemv: K is a multiple of 8");
         const uint first = at.tgid.x * kRows, token = at.tgid.y * kTokens;
         const uint r = at.lane / 4, c = at.lane % 4, words = Memory::stored(a.K);
         const uint tokens = min(uint(kTokens), a.M - token);
@@ -237,16 +242,17 @@ template <typename Q, typename T, uint kTokens> struct MmaGemv {
             lane.rows[h] = a.row(row);
         }
         lane.reads_x = r < tokens;
-        lane.x = a.x + ulong(token + (lane.reads_x ? r : 0)) * a.K;
+        lane.token = token + (lane.reads_x ? r : 0);
+        lane.x = a.x + ulong(lane.token) * a.K;
 
         float total[4] = {0, 0, 0, 0};
         const bool coarse = (1u << a.shift) >= kStep; // a turn lies in one group
         if (coarse && a.aligned) {
-            sum<true, false>(a, lane, at, total);
+            sum<true, false>(a, lane, at, total, input);
         } else if (a.aligned) {
-            sum<true, true>(a, lane, at, total);
+            sum<true, true>(a, lane, at, total, input);
         } else {
-            sum<false, true>(a, lane, at, total);
+            sum<false, true>(a, lane, at, total, input);
         }
         const float unit = (coarse && a.aligned ? Decode::kUnit : 1.0f) * lane.rows[0].factor;
         threadgroup float* to = &sh.sums[at.sgid][r][2 * c];
@@ -260,16 +266,19 @@ template <typename Q, typename T, uint kTokens> struct MmaGemv {
             float y = 0;
 #pragma unroll
             for (uint s = 0; s < kMaxSimdgroups; ++s) y += s < at.sgs ? sh.sums[s][row][m] : 0.0f;
-            if (first + row < a.N) a.y[ulong(token + m) * a.N + first + row] = T(y);
+            if (first + row < a.N) {
+                a.y[ulong(token + m) * a.N + first + row] = T(epilogue.apply(y, token + m, first + row));
+            }
         }
     }
 };
 
-template <typename Q, typename T, uint kTokens> struct GemvOf {
-    typedef MmaGemv<Q, T, kTokens> type;
+template <typename Q, typename T, uint kTokens, typename Epilogue> struct GemvOf {
+    typedef MmaGemv<Q, T, kTokens, Epilogue> type;
 };
-template <typename Q, uint kTokens> struct GemvOf<Q, float, kTokens> {
-    typedef SimdGemv<Q, float, kTokens> type;
+template <typename Q, uint kTokens, typename Epilogue> struct GemvOf<Q, float, kTokens, Epilogue> {
+    typedef SimdGemv<Q, float, kTokens, 0, 0, Epilogue> type;
 };
-template <typename Q, typename T, uint kTokens> using Gemv = typename GemvOf<Q, T, kTokens>::type;
+template <typename Q, typename T, uint kTokens, typename Epilogue = NoEpilogue>
+using Gemv = typename GemvOf<Q, T, kTokens, Epilogue>::type;
 #endif
