@@ -1,0 +1,20 @@
+// metal-marlin: lanes=any
+// Gated feed-forward layers with FP4 weights: y = (act(x * gate^T) * (x * up^T)) * down^T [+ residual], in parts.
+//
+//   gated_up_fp4        act(x * gate^T) * (x * up^T), act = SiLU: both products in one launch; core/gated.h over the tile
+//                       pipeline of marlin_gemm_fp4
+//   gated_up_geglu_fp4  act = GELU: by erf; __egelutanh by tanh
+// Rows: <kernel>[__[t<dtype>][_e<activation>]]; scales are as the activations. Grid: x covers outputs, y covers M.
+// ops/gated_up.py holds the numbers.
+#include <metal_stdlib>
+#include "core/gated_kernel.h"
+#include "core/instantiate.h"
+#include "formats/weights.h"
+using namespace metal;
+
+#define GATED_UP(half_name, bfloat_name, Act)                                                                \
+    INSTANTIATE(half_name, gated_up<Fp4<half>, Act, half, DoubleStage>)                                      \
+    INSTANTIATE(bfloat_name, gated_up<Fp4<bfloat>, Act, bfloat, DoubleStage>)
+GATED_UP("gated_up_fp4", "gated_up_fp4__tbf16", Silu)
+GATED_UP("gated_up_geglu_fp4", "gated_up_geglu_fp4__tbf16", Gelu)
+GATED_UP("gated_up_geglu_fp4__egelutanh", "gated_up_geglu_fp4__tbf16_egelutanh", GeluTanh)

@@ -1,0 +1,152 @@
+"""gated_up and its rows against float64 by the definitions of FP4 and of the activations; views, bad input, torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from metal_marlin.errors import ArgumentError
+from metal_marlin.ops import gated_up as ups
+from metal_marlin.ops.gated_up import Case, gated_up
+from metal_marlin.runtime.counters import counters
+from metal_marlin.runtime.library import MetalKernelLibrary
+
+DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.cuda)]
+EPS = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+UPS = [case for case in ups.CASES if not case.model]
+
+
+def weights(codes: torch.Tensor, scales: torch.Tensor, group: int) -> torch.Tensor:
+    """[N, K] by the format's definition and not by the codec."""
+    nibbles = (codes.cpu().long().unsqueeze(-1) >> 4 * torch.arange(8)) & 15
+    W = VALUES[nibbles.flatten(-2)]
+    return W * scales.cpu().double()[..., torch.arange(W.shape[1]) // group]
+
+
+def meaning(v: torch.Tensor, name: str) -> torch.Tensor:
+    """Activations by their definitions."""
+    if name == "silu":
+        return v / (1 + torch.exp(-v))
+    if name == "gelu":
+        return v * 0.5 * torch.erfc(-v / 2**0.5)
+    return 0.5 * v * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (v + 0.044715 * v**3)))
+
+
+def gated(case: Case, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The result in ``dtype``, of weights rounded to it; every step rounded as torch does."""
+    x = tensors[0].cpu().to(dtype)
+    gate, up = (x @ weights(*tensors[i : i + 2], case.group).to(dtype).T for i in (1, 3))
+    return (meaning(gate.double(), case.activation).to(dtype) * up).double()
+
+
+def close(y: torch.Tensor, exact: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Per row twice the error of torch's composition and a rounding; nowhere more than 8 times its largest."""
+    error, their = (y.cpu().double() - exact).abs(), (theirs - exact).abs()
+    rows = error.norm(dim=-1) <= 2 * their.norm(dim=-1) + EPS[dtype] * exact.norm(dim=-1) + 1e-6
+    return bool(rows.all()) and bool((error <= 8 * their.max() + EPS[dtype] * exact.abs() + 1e-6).all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", UPS, ids=str)
+def test_every_row(case: Case, device: str) -> None:
+    tensors = case.tensors(device)
+    exact, theirs = gated(case, tensors, torch.float64), gated(case, tensors, case.dtype)
+    for kernel in (k for k, (acts, _) in ups.KERNELS.items() if case.activation in acts):
+        before = counters()
+        y = gated_up(*tensors, case.group, activation=case.activation, kernel=kernel)
+        assert list(counters() - before) == [ups.plan("test", case.dtype, case.dtype, case.activation, kernel).name]
+        assert y.dtype == case.dtype
+        assert close(y, exact, theirs, case.dtype), kernel
+        assert torch.equal(y, gated_up(*tensors, case.group, activation=case.activation, kernel=kernel))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_its_own_choice(device: str) -> None:
+    """The row of the activation, but on cuda two products and what follows them."""
+    for activation, row in zip(ups.ACTS, ("", "_geglu", "_geglu"), strict=True):
+        case = Case(40, 70, 96, 32, torch.float16, activation)
+        tensors = case.tensors(device)
+        before = counters()
+        y = gated_up(*tensors, 32, activation=activation)
+        launched = {name.partition("__")[0]: n for name, n in (counters() - before).items()}
+        if device == "cuda":
+            assert launched.pop("epilogue_standalone") == 1
+            assert sum(launched.values()) == 2
+        else:
+            assert launched == {f"gated_up{row}_fp4": 1}
+        exact, theirs = gated(case, tensors, torch.float64), gated(case, tensors, case.dtype)
+        assert close(y, exact, 2 * theirs - exact, case.dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernel", [None, *(k for k, (acts, _) in ups.KERNELS.items() if "silu" in acts)])
+def test_halves_of_one_matrix_and_odd_starts(kernel: str | None, device: str) -> None:
+    case = Case(6, 21, 40, 40)
+    x, gate, gate_scales, up, up_scales = case.tensors(device)
+    plain = gated_up(x, gate, gate_scales, up, up_scales, 40, kernel=kernel)
+    codes, scales = torch.cat((gate, up)), torch.cat((gate_scales, up_scales))
+    moved = torch.cat((x.new_zeros(1), x.flatten()))[1:].view(6, 40)
+    assert torch.equal(gated_up(moved, codes[:21], scales[:21], codes[21:], scales[21:], 40, kernel=kernel), plain)
+    shaped = gated_up(x.view(2, 3, 40), gate, gate_scales, up, up_scales, 40, kernel=kernel)
+    assert torch.equal(shaped, plain.view(2, 3, 21))
+    assert gated_up(x[:0], gate, gate_scales, up, up_scales, 40, kernel=kernel).shape == (0, 21)
+
+
+def test_large_numbers() -> None:
+    """A gate far below 0 is shut, not NaN."""
+    x, gate, gate_scales, up, up_scales = Case(3, 9, 64).tensors()
+    gate = torch.full_like(gate, -0x22222223)  # 0xdddddddd: every code is -3
+    y = gated_up(x.abs() * 64, gate, (gate_scales + 1), up, up_scales, 32)
+    assert torch.equal(y, torch.zeros_like(y))
+
+
+def test_rows_are_what_plans_name() -> None:
+    for file in {file for _, file in ups.KERNELS.values()}:
+        kernels = {k: acts for k, (acts, where) in ups.KERNELS.items() if where == file}
+        wanted = {ups.plan("", d, d, act, k).name for d in EPS for k, acts in kernels.items() for act in acts}
+        found = {row for row in MetalKernelLibrary(file, device="cpu").kernels if row.partition("__")[0] in kernels}
+        assert found == wanted
+
+
+def test_checked_mode_is_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = {file: MetalKernelLibrary(file, device="cpu", lanes=32, checked=True) for _, file in ups.KERNELS.values()}
+    monkeypatch.setattr(ups, "library", lambda file, *_: checked[file])
+    monkeypatch.setattr(ups, "plan_kind", lambda _: "mps")
+    for kernel, (acts, _) in ups.KERNELS.items():
+        for dtype, K in ((torch.float16, 328), (torch.bfloat16, 96)):
+            case = Case(3, 37, K, 64 if K % 64 else 32, dtype, acts[-1])
+            tensors = case.tensors()
+            y = gated_up(*tensors, case.group, activation=case.activation, kernel=kernel)
+            assert close(y, gated(case, tensors, torch.float64), gated(case, tensors, dtype), dtype)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"activation": "swish"}, "gated_up: activation = 'swish'; there are silu, gelu, gelu_tanh"),
+        ({"kernel": "gated_up_geglu_fp4"}, "kernel is 'gated_up_geglu_fp4'; fp4 has gated_up_fp4"),
+        ({"x": torch.zeros(6, 64)}, "x is torch.float32, scales are torch.float16"),
+        ({"x": torch.zeros(6, 72).half()}, "gated_up, gate: x has K = 72, codes have K = 64"),
+        ({"up_codes": torch.zeros(20, 9, dtype=torch.int32)}, "gated_up, up: x has K = 64, codes have K = 72"),
+        ({"up_scales": torch.zeros(20, 3).half()}, r"gated_up, up: scales have shape \(20, 3\)"),
+        ({"up_scales": torch.zeros(20, 2)}, "scales torch.float16, up N = 20, scales torch.float32"),
+        (
+            {"up_codes": torch.zeros(19, 8, dtype=torch.int32), "up_scales": torch.zeros(19, 2).half()},
+            "gate has N = 20, scales torch.float16, up N = 19",
+        ),
+    ],
+)
+def test_bad_input(change: dict[str, object], said: str) -> None:
+    names = ("x", "gate_codes", "gate_scales", "up_codes", "up_scales")
+    given = {**dict(zip(names, Case(6, 20, 64).tensors(), strict=True)), "group_size": 32, **change}
+    with pytest.raises(ArgumentError, match=said):
+        gated_up(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_is_an_op_to_torch(device: str) -> None:
+    tensors = Case(6, 20, 64).tensors(device)
+    torch.library.opcheck(torch.ops.metal_marlin.gated_up.default, (*tensors, 32, "silu", None))
+    compiled = torch.compile(lambda x: gated_up(x, *tensors[1:], 32) + 1, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tensors[0]), gated_up(*tensors, 32) + 1)
