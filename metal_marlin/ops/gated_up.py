@@ -11,6 +11,7 @@ import torch
 from metal_marlin.errors import ArgumentError
 from metal_marlin.ops import product
 from metal_marlin.ops.activation import ACTIVATIONS
+from metal_marlin.ops.dense import FAMILY as DENSE_FAMILY
 from metal_marlin.ops.epilogue import epilogue
 from metal_marlin.ops.linear import linear
 from metal_marlin.ops.linear_decode_cases import Case as Product
@@ -21,9 +22,13 @@ from metal_marlin.runtime.dispatch import dispatch_kernel
 
 FAMILY = "gated_mlp.metal"
 ACTS = ("silu", "gelu", "gelu_tanh")
-_SILU, _GELU = "gated_up_fp4", "gated_up_geglu_fp4"
+_SILU, _GELU, _DENSE = "gated_up_fp4", "gated_up_geglu_fp4", "dense_fused_gate_up_fp4"
 # kernel -> its activations, the first without a key; its file
-KERNELS: dict[str, tuple[tuple[str, ...], str]] = {_SILU: (("silu",), FAMILY), _GELU: (("gelu", "gelu_tanh"), FAMILY)}
+KERNELS: dict[str, tuple[tuple[str, ...], str]] = {
+    _SILU: (("silu",), FAMILY),
+    _GELU: (("gelu", "gelu_tanh"), FAMILY),
+    _DENSE: (ACTS, DENSE_FAMILY),
+}
 _GRID = "marlin_gemm_fused_fp4"  # tiles of 64 rows: 32 of each matrix
 
 # x, codes and scales of the gate, codes and scales of up
@@ -132,8 +137,9 @@ def gated_up(
 
     x [..., K] half or bfloat16, contiguous; codes and scales (x's dtype) as ``marlin_gemm``'s; halves of one matrix
     [2 N, K] are views. activation: "silu", "gelu" (erf) or "gelu_tanh". Sums and what follows are float32, y is rounded
-    once (arXiv 2002.05202). kernel: "gated_up_fp4" (silu) or "gated_up_geglu_fp4" (the others); None: that, but on cuda
-    ``linear`` twice and ``epilogue``: other pipelines are faster there (both products are rounded in between).
+    once (arXiv 2002.05202). kernel: "gated_up_fp4" (silu) or "gated_up_geglu_fp4" (the others), or
+    "dense_fused_gate_up_fp4" (any), which decodes weights in registers; None: one of the first, but on cuda ``linear``
+    twice and ``epilogue``: other pipelines are faster there (both products are rounded in between).
     Not differentiable. Raises ArgumentError naming the argument and the numbers.
     """
     return torch.ops.metal_marlin.gated_up(
@@ -224,4 +230,7 @@ def _row_case(name: str) -> tuple[Case, str]:
     return Case(9, 37, 264, 64, torch.bfloat16 if "t" in keys else torch.float16, activation), base
 
 
-OP = OpSpec("gated_up", FAMILY, gated_up_ref, CASES, "bench/gated.py", ("gated_up_*",), _check, _row_case)
+OP = (
+    OpSpec("gated_up", FAMILY, gated_up_ref, CASES, "bench/gated.py", ("gated_up_*",), _check, _row_case),
+    OpSpec("gated_up", DENSE_FAMILY, gated_up_ref, CASES, "bench/gated.py", (f"{_DENSE}*",), _check, _row_case),
+)

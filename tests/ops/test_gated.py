@@ -61,6 +61,12 @@ def test_every_row(case: Case, device: str) -> None:
         assert torch.equal(y, gated_up(*tensors, case.group, activation=case.activation, kernel=kernel))
 
 
+def test_simdgroups_of_32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ups, "plan_kind", lambda _: "mps")
+    for case in UPS:
+        test_every_row(case, "cpu")
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_its_own_choice(device: str) -> None:
     """The row of the activation, but on cuda two products and what follows them."""
@@ -125,7 +131,7 @@ def test_checked_mode_is_clean(monkeypatch: pytest.MonkeyPatch) -> None:
     ("change", "said"),
     [
         ({"activation": "swish"}, "gated_up: activation = 'swish'; there are silu, gelu, gelu_tanh"),
-        ({"kernel": "gated_up_geglu_fp4"}, "kernel is 'gated_up_geglu_fp4'; fp4 has gated_up_fp4"),
+        ({"kernel": "gated_up_geglu_fp4"}, "kernel is .gated_up_geglu_fp4.; fp4 has gated_up_fp4, dense_fused"),
         ({"x": torch.zeros(6, 64)}, "x is torch.float32, scales are torch.float16"),
         ({"x": torch.zeros(6, 72).half()}, "gated_up, gate: x has K = 72, codes have K = 64"),
         ({"up_codes": torch.zeros(20, 9, dtype=torch.int32)}, "gated_up, up: x has K = 64, codes have K = 72"),
