@@ -23,6 +23,7 @@ from common import (
 )
 
 from metal_marlin.formats import codec
+from metal_marlin.ops import gated_mlp as mlps
 from metal_marlin.ops import gated_up as ups
 from metal_marlin.ops.activation import ACTIVATIONS
 from metal_marlin.ops.epilogue import epilogue
@@ -59,6 +60,33 @@ def gate_and_up(case: ups.Case, device: str) -> Named:
     return f"gated_up-{case}", calls, wanted, 4 * case.M * case.N * case.K, moved, sets
 
 
+def layers(case: mlps.Case, device: str) -> Named:
+    weights = (2 * case.K + case.N) * case.F
+    moved, g = weights // 2 + 2 * case.M * (case.K + 2 * case.N), case.group
+    sets = sets_needed(moved, device, most=8)
+    data = [case.tensors(device, seed) for seed in range(sets)]
+    dense = [[_dense(d[i], d[i + 1], g) for i in (1, 3, 5)] for d in data[:2]]
+
+    def one(kernel: str | None) -> Candidate:
+        return lambda i: mlps.gated_mlp(*data[i][:7], g, kernel=kernel, **case.options(data[i][7]))  # type: ignore[arg-type]
+
+    def apart(i: int) -> torch.Tensor:
+        x, *w, residual = data[i]
+        h = epilogue(linear(x, w[0], w[1], g), activation=case.activation, gate=linear(x, w[2], w[3], g))
+        y = linear(h, w[4], w[5], g)
+        return epilogue(y, residual=residual) if case.residual else y
+
+    def library(i: int) -> torch.Tensor:
+        gate, up, down = dense[i % len(dense)]
+        y = (ACTIVATIONS[case.activation](data[i][0] @ gate.T) * (data[i][0] @ up.T)) @ down.T  # type: ignore[operator]
+        return data[i][7] + y if case.residual else y
+
+    calls: dict[str, Candidate] = {"gated_mlp": one(None)}
+    calls |= {"linear and epilogue_standalone": apart, "torch": library}
+    wanted = mlps.gated_mlp_ref(*data[0][:7], g, **case.options(data[0][7]))  # type: ignore[arg-type]
+    return f"gated_mlp-{case}", calls, wanted, 2 * case.M * weights, moved, sets
+
+
 def measure(item: Named, device: str) -> list[tuple[str, ...]]:
     case, calls, wanted, work, moved, sets = item
     errors = {}
@@ -86,6 +114,7 @@ def main() -> None:
     heading = ("device", "case", "candidate", "µs", "p20", "p80", "TFLOP/s")
     for device in usable_devices(options.device):
         items = [gate_and_up(case, device) for case in ups.CASES if case.model]
+        items += [layers(case, device) for case in mlps.CASES if case.model]
         table(device, [heading, *(row for item in items for row in measure(item, device))])
 
 

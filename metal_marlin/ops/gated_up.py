@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import struct
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +15,10 @@ from metal_marlin.ops.activation import ACTIVATIONS
 from metal_marlin.ops.dense import FAMILY as DENSE_FAMILY
 from metal_marlin.ops.epilogue import epilogue
 from metal_marlin.ops.linear import linear
+from metal_marlin.ops.linear_decode import Plan as DecodePlan
+from metal_marlin.ops.linear_decode import plan as decode_plan
 from metal_marlin.ops.linear_decode_cases import Case as Product
+from metal_marlin.ops.marlin_gemm import Plan
 from metal_marlin.ops.marlin_gemm import plan as gemm_plan
 from metal_marlin.ops.spec import Check, OpSpec, worst
 from metal_marlin.ops.weights import KEYS, library, on_16_bytes, plan_kind, row_name
@@ -23,13 +27,17 @@ from metal_marlin.runtime.dispatch import dispatch_kernel
 FAMILY = "gated_mlp.metal"
 ACTS = ("silu", "gelu", "gelu_tanh")
 _SILU, _GELU, _DENSE = "gated_up_fp4", "gated_up_geglu_fp4", "dense_fused_gate_up_fp4"
+DECODE = "gated_mlp_fp4_decode"
 # kernel -> its activations, the first without a key; its file
 KERNELS: dict[str, tuple[tuple[str, ...], str]] = {
     _SILU: (("silu",), FAMILY),
     _GELU: (("gelu", "gelu_tanh"), FAMILY),
     _DENSE: (ACTS, DENSE_FAMILY),
+    DECODE: (ACTS, FAMILY),
+    f"{DECODE}_batched": (ACTS, FAMILY),
 }
-_GRID = "marlin_gemm_fused_fp4"  # tiles of 64 rows: 32 of each matrix
+FEW = 8  # tokens of a _batched row in one reading of the weights
+_GRID = "marlin_gemm_fused_fp4"  # whose tiles have 64 rows, as all of these do: 32 of each matrix
 
 # x, codes and scales of the gate, codes and scales of up
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -138,7 +146,8 @@ def gated_up(
     x [..., K] half or bfloat16, contiguous; codes and scales (x's dtype) as ``marlin_gemm``'s; halves of one matrix
     [2 N, K] are views. activation: "silu", "gelu" (erf) or "gelu_tanh". Sums and what follows are float32, y is rounded
     once (arXiv 2002.05202). kernel: "gated_up_fp4" (silu) or "gated_up_geglu_fp4" (the others), or
-    "dense_fused_gate_up_fp4" (any), which decodes weights in registers; None: one of the first, but on cuda ``linear``
+    "dense_fused_gate_up_fp4" (any), which decodes weights in registers, or "gated_mlp_fp4_decode" or its "_batched"
+    (any, for few tokens). None: of up to 8 tokens one of the last, of more one of the first, but on cuda ``linear``
     twice and ``epilogue``: other pipelines are faster there (both products are rounded in between).
     Not differentiable. Raises ArgumentError naming the argument and the numbers.
     """
@@ -158,6 +167,8 @@ def _new(
     kernel: str | None,
 ) -> torch.Tensor:
     M, N, K = check_pair("gated_up", x, (gate_codes, gate_scales), (up_codes, up_scales), group_size)
+    if kernel is None and M <= FEW:
+        kernel = DECODE if M == 1 else f"{DECODE}_batched"
     row = plan("gated_up", x.dtype, gate_scales.dtype, activation, kernel)
     kind = plan_kind(x.device.type)
     if kind == "cuda" and kernel is None:
@@ -167,9 +178,14 @@ def _new(
     if y.numel() == 0:
         return y
     pool = torch.get_num_threads() if kind == "cpu" else 1
-    p = gemm_plan(M, 2 * N, K, x.dtype, x.dtype, kind, pool=pool, kernel=_GRID)
-    aligned = int(K % 32 == 0 and on_16_bytes(x, gate_codes) and on_16_bytes(x, up_codes))
-    shape = {"M": M, "N": N, "K": K, "group": group_size, "rows": p.rows // 2, "tokens": p.tokens, "aligned": aligned}
+    aligned = K % 32 == 0 and on_16_bytes(x, gate_codes) and on_16_bytes(x, up_codes)
+    p: Plan | DecodePlan  # of 2 N rows: those of both matrices
+    if row.kernel.startswith(DECODE):
+        p = decode_plan(M, 2 * N, K, x.dtype, x.dtype, kind, pool, row.kernel.replace(DECODE, "decode_gemv_fp4"))
+        shape = struct.pack("=6q", M, N, K, group_size, p.rows // 2, aligned)
+    else:
+        p = gemm_plan(M, 2 * N, K, x.dtype, x.dtype, kind, pool=pool, kernel=_GRID)
+        shape = struct.pack("=7q", M, N, K, group_size, p.rows // 2, p.tokens, aligned)
     dispatch_kernel(
         library(row.file, str(x.device), p.lanes),
         row.name,

@@ -4,8 +4,11 @@
 //   gated_up_fp4        act(x * gate^T) * (x * up^T), act = SiLU: both products in one launch; core/gated.h over the tile
 //                       pipeline of marlin_gemm_fp4
 //   gated_up_geglu_fp4  act = GELU: by erf; __egelutanh by tanh
+//   gated_mlp_fp4_decode          the same for decoding, a token a threadgroup: core/gated.h over the pipeline of
+//                                 decode_gemv_fp4; a product with down follows (decode_gemv_fp4)
+//   gated_mlp_fp4_decode_batched  up to 8 tokens for one reading of both weights
 // Rows: <kernel>[__[t<dtype>][_e<activation>]]; scales are as the activations. Grid: x covers outputs, y covers M.
-// ops/gated_up.py holds the numbers.
+// ops/gated_up.py and ops/gated_mlp.py hold the numbers.
 #include <metal_stdlib>
 #include "core/gated_kernel.h"
 #include "core/instantiate.h"
@@ -18,3 +21,12 @@ using namespace metal;
 GATED_UP("gated_up_fp4", "gated_up_fp4__tbf16", Silu)
 GATED_UP("gated_up_geglu_fp4", "gated_up_geglu_fp4__tbf16", Gelu)
 GATED_UP("gated_up_geglu_fp4__egelutanh", "gated_up_geglu_fp4__tbf16_egelutanh", GeluTanh)
+
+#define DECODE(half_key, bfloat_key, Act)                                                                    \
+    INSTANTIATE("gated_mlp_fp4_decode" half_key, gated_up_gemv<Fp4<half>, Act, half, 1>)                     \
+    INSTANTIATE("gated_mlp_fp4_decode" bfloat_key, gated_up_gemv<Fp4<bfloat>, Act, bfloat, 1>)               \
+    INSTANTIATE("gated_mlp_fp4_decode_batched" half_key, gated_up_gemv<Fp4<half>, Act, half, 8>)             \
+    INSTANTIATE("gated_mlp_fp4_decode_batched" bfloat_key, gated_up_gemv<Fp4<bfloat>, Act, bfloat, 8>)
+DECODE("", "__tbf16", Silu)
+DECODE("__egelu", "__tbf16_egelu", Gelu)
+DECODE("__egelutanh", "__tbf16_egelutanh", GeluTanh)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from metal_marlin.errors import ArgumentError
+from metal_marlin.ops import gated_mlp as mlps
 from metal_marlin.ops import gated_up as ups
+from metal_marlin.ops.gated_mlp import gated_mlp, gated_mlp_ref
 from metal_marlin.ops.gated_up import Case, gated_up
+from metal_marlin.ops.linear_decode_cases import Case as Product
 from metal_marlin.runtime.counters import counters
 from metal_marlin.runtime.library import MetalKernelLibrary
 
@@ -69,9 +74,11 @@ def test_simdgroups_of_32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_its_own_choice(device: str) -> None:
-    """The row of the activation, but on cuda two products and what follows them."""
-    for activation, row in zip(ups.ACTS, ("", "_geglu", "_geglu"), strict=True):
-        case = Case(40, 70, 96, 32, torch.float16, activation)
+    """For few tokens the decoding rows, else the row of the activation, but on cuda two products and what follows."""
+    rows = (("silu", "gated_up_fp4"), ("gelu", "gated_up_geglu_fp4"), ("gelu_tanh", "gated_up_geglu_fp4"))
+    few = ((1, ups.DECODE), (2, f"{ups.DECODE}_batched"), (8, f"{ups.DECODE}_batched"))
+    for M, (activation, row) in itertools.product((9, 40), rows):
+        case = Case(M, 70, 96, 32, torch.float16, activation)
         tensors = case.tensors(device)
         before = counters()
         y = gated_up(*tensors, 32, activation=activation)
@@ -80,9 +87,13 @@ def test_its_own_choice(device: str) -> None:
             assert launched.pop("epilogue_standalone") == 1
             assert sum(launched.values()) == 2
         else:
-            assert launched == {f"gated_up{row}_fp4": 1}
+            assert launched == {row: 1}
         exact, theirs = gated(case, tensors, torch.float64), gated(case, tensors, case.dtype)
         assert close(y, exact, 2 * theirs - exact, case.dtype)
+    for M, row in few:
+        before = counters()
+        gated_up(*Case(M, 70, 96).tensors(device), 32)
+        assert list(counters() - before) == [row]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -156,3 +167,89 @@ def test_is_an_op_to_torch(device: str) -> None:
     torch.library.opcheck(torch.ops.metal_marlin.gated_up.default, (*tensors, 32, "silu", None))
     compiled = torch.compile(lambda x: gated_up(x, *tensors[1:], 32) + 1, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(tensors[0]), gated_up(*tensors, 32) + 1)
+
+
+MLPS = [case for case in mlps.CASES if not case.model]
+
+
+def layer(case: mlps.Case, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
+    """``gated`` for a whole layer."""
+    one = Case(case.M, case.F, case.K, case.group, case.dtype, case.activation)
+    h = gated(one, (tensors[0], tensors[1], tensors[2], tensors[3], tensors[4]), dtype).to(dtype)
+    y = h @ weights(*tensors[5:7], case.group).to(dtype).T
+    return (tensors[7].cpu().to(dtype) + y if case.residual else y).double()
+
+
+def half_of(kernel: str | None, M: int) -> bool:
+    """Whether ``gated_mlp`` takes it for so many tokens."""
+    return M <= 8 or not (kernel or "").startswith(ups.DECODE)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", MLPS, ids=str)
+def test_layer(case: mlps.Case, device: str) -> None:
+    tensors = case.tensors(device)
+    exact, theirs = layer(case, tensors, torch.float64), layer(case, tensors, case.dtype)
+    firsts = [k for k, (acts, _) in ups.KERNELS.items() if case.activation in acts and half_of(k, case.M)]
+    for kernel in (None, *firsts):
+        before = counters()
+        y = gated_mlp(*tensors[:7], case.group, kernel=kernel, **case.options(tensors[7]))  # type: ignore[arg-type]
+        launched = counters() - before
+        row = ups.plan("test", case.dtype, case.dtype, case.activation, kernel or firsts[0]).name
+        if kernel is not None:
+            assert launched[row] == 1
+            assert device == "cuda" or sum(launched.values()) == 2 + (case.residual and case.M <= 8)
+        assert y.dtype == case.dtype
+        assert close(y, exact, theirs, case.dtype), kernel
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_decoding_is_two_launches(device: str) -> None:
+    for M, tail in ((1, ""), (5, "_batched")):
+        *tensors, _ = mlps.Case(M, 64, 96, 33).tensors(device)
+        before = counters()
+        gated_mlp(*tensors, 32)
+        assert counters() - before == {f"gated_mlp_fp4_decode{tail}": 1, f"decode_gemv_fp4{tail}": 1}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("M", [1, 6, 12])
+def test_layer_shapes(M: int, device: str) -> None:
+    """Groups of down of their own, batches, nothing."""
+    case = mlps.Case(M, 40, 24, 9, 40)
+    x, *first = Case(M, 24, 40, 40).tensors(device)
+    down = Product(1, 9, 24, 16).tensors(device)[1:3]
+    wanted = gated_mlp_ref(x, *first, *down, 40, down_group_size=16)
+    y = gated_mlp(x, *first, *down, 40, down_group_size=16)
+    assert (y.double() - wanted).norm() <= 4e-3 * wanted.norm()
+    shaped = gated_mlp(x.view(1, M, 40), *first, *down, 40, down_group_size=16, residual=y.view(1, M, 9))
+    assert torch.allclose(shaped.view(M, 9).double(), y.double() + wanted, rtol=4e-3, atol=4e-3)
+    assert gated_mlp(x[:0], *first, *down, 40, down_group_size=16).shape == (0, case.N)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"down_codes": torch.zeros(9, 7, dtype=torch.int32)}, "gated_mlp, down: x has K = 24, codes have K = 56"),
+        ({"down_scales": torch.zeros(9, 1)}, "x is torch.float16, down_scales are torch.float32"),
+        (
+            {"residual": torch.zeros(12, 8).half()},
+            r"residual is torch.float16 \(12, 8\); needs torch.float16 \(12, 9\)",
+        ),
+        ({"kernel": "gated_mlp_fp4_decode"}, "kernel is 'gated_mlp_fp4_decode', M = 12; it takes at most 8 tokens"),
+        ({"gate_codes": torch.zeros(24, 6, dtype=torch.int32)}, "gated_mlp, gate: x has K = 32, codes have K = 48"),
+        ({"activation": "relu"}, "activation = 'relu'; there are silu, gelu, gelu_tanh"),
+    ],
+)
+def test_bad_layers(change: dict[str, object], said: str) -> None:
+    names = ("x", "gate_codes", "gate_scales", "up_codes", "up_scales", "down_codes", "down_scales")
+    given = dict(zip(names, mlps.Case(12, 32, 24, 9).tensors(), strict=False))
+    with pytest.raises(ArgumentError, match=said):
+        gated_mlp(**{**given, "group_size": 32, **change})  # type: ignore[arg-type]
+
+
+def test_a_layer_is_an_op_to_torch() -> None:
+    *tensors, residual = mlps.Case(12, 32, 64, 9).tensors()
+    torch.library.opcheck(torch.ops.metal_marlin.gated_mlp.default, (*tensors, 32, 32, "silu", residual, None))
+    compiled = torch.compile(lambda x: gated_mlp(x, *tensors[1:], 32) + 1, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tensors[0]), gated_mlp(*tensors, 32) + 1)

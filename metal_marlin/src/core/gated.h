@@ -9,6 +9,7 @@
 // Sources: own.
 #include <metal_stdlib>
 #include "core/gemm.h"
+#include "core/gemv.h"
 #include "policies/activations.h"
 using namespace metal;
 
@@ -18,21 +19,38 @@ template <typename Q, typename Act> struct GateUp : Q {
     static float join(float gate, float up) { return Act::of(gate) * up; }
 };
 
+// The other matrix, and where row n of either is.
+template <typename Q> struct UpMatrix {
+    device const uint* codes;
+    device const typename Q::S* scales;
+
+    static ulong offset(uint n, uint N, uint K) {
+        return min(n, N - 1) * ulong(CodeWords<typename Q::Format>::stored(K));
+    }
+    static typename Q::Row row(device const typename Q::S* scales, uint n, uint N, uint groups) {
+        return Q::row(scales, (device const typename Q::E*)scales, min(n, N - 1), groups);
+    }
+};
+
 template <typename Q, typename Act, typename T>
 struct GemmArguments<GateUp<Q, Act>, T> : GemmArguments<Q, T> {
-    device const uint* up_codes;
-    device const typename Q::S* up_scales;
-
-    GemmArguments(GemmArguments<Q, T> gate, device const uint* up_codes,
-                  device const typename Q::S* up_scales)
-        : GemmArguments<Q, T>(gate), up_codes(up_codes), up_scales(up_scales) {}
-
+    UpMatrix<Q> up;
+    GemmArguments(GemmArguments<Q, T> gate, UpMatrix<Q> up) : GemmArguments<Q, T>(gate), up(up) {}
     device const uint* codes_of(uint matrix, uint n) const {
-        return (matrix ? up_codes : this->codes) +
-               min(n, this->N - 1) * ulong(CodeWords<typename Q::Format>::stored(this->K));
+        return (matrix ? up.codes : this->codes) + up.offset(n, this->N, this->K);
     }
     typename Q::Row row_of(uint matrix, uint n) const {
-        return Q::row(matrix ? up_scales : this->scales, (device const typename Q::E*)this->extra,
-                      min(n, this->N - 1), this->groups);
+        return up.row(matrix ? up.scales : this->scales, n, this->N, this->groups);
+    }
+};
+template <typename Q, typename Act, typename T>
+struct GemvArguments<GateUp<Q, Act>, T> : GemvArguments<Q, T> {
+    UpMatrix<Q> up;
+    GemvArguments(GemvArguments<Q, T> gate, UpMatrix<Q> up) : GemvArguments<Q, T>(gate), up(up) {}
+    device const uint* codes_of(uint matrix, uint n) const {
+        return (matrix ? up.codes : this->codes) + up.offset(n, this->N, this->K);
+    }
+    typename Q::Row row_of(uint matrix, uint n) const {
+        return up.row(matrix ? up.scales : this->scales, n, this->N, this->groups);
     }
 };

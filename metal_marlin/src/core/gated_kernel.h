@@ -1,5 +1,5 @@
 #pragma once
-// The kernel around Gemm with two matrices, for files of rows.
+// Kernels around Gemm and Gemv with two matrices, for files of rows.
 #include "core/gated.h"
 
 template <typename Q, typename Act, typename T, typename Schedule>
@@ -13,5 +13,22 @@ gated_up(device const T* x [[buffer(0)]], device const uint* codes [[buffer(1)]]
     typedef Gemm<W, T, Schedule, NoEpilogue> Core;
     threadgroup typename Core::Shared sh;
     const GemmArguments<Q, T> gate(x, codes, scales, scales, y, shape);
-    Core::run(GemmArguments<W, T>(gate, up_codes, up_scales), GemmPlace{tgid, sgid, lane}, sh, NoEpilogue());
+    const UpMatrix<Q> up = {up_codes, up_scales};
+    Core::run(GemmArguments<W, T>(gate, up), GemmPlace{tgid, sgid, lane}, sh, NoEpilogue());
+}
+
+template <typename Q, typename Act, typename T, uint kTokens>
+[[kernel]] void
+gated_up_gemv(device const T* x [[buffer(0)]], device const uint* codes [[buffer(1)]],
+              device const typename Q::S* scales [[buffer(2)]], device const uint* up_codes [[buffer(3)]],
+              device const typename Q::S* up_scales [[buffer(4)]], device T* y [[buffer(5)]],
+              constant GemvShape& shape [[buffer(6)]], uint3 tgid [[threadgroup_position_in_grid]],
+              uint sgid [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+              uint sgs [[simdgroups_per_threadgroup]]) {
+    typedef GateUp<Q, Act> W;
+    typedef Gemv<W, T, kTokens> Core;
+    threadgroup typename Core::Shared sh;
+    const GemvArguments<Q, T> gate(x, codes, scales, scales, y, shape);
+    const UpMatrix<Q> up = {up_codes, up_scales};
+    Core::run(GemvArguments<W, T>(gate, up), GemvPlace{tgid, sgid, lane, sgs}, sh);
 }
