@@ -82,6 +82,7 @@ def layers(case: mlps.Case, device: str) -> Named:
         return data[i][7] + y if case.residual else y
 
     calls: dict[str, Candidate] = {"gated_mlp": one(None)}
+    calls |= {k: one(k) for k in (mlps.DOWN[case.residual], "gated_up_fp4", "dense_fused_gate_up_fp4")}
     calls |= {"linear and epilogue_standalone": apart, "torch": library}
     wanted = mlps.gated_mlp_ref(*data[0][:7], g, **case.options(data[0][7]))  # type: ignore[arg-type]
     return f"gated_mlp-{case}", calls, wanted, 2 * case.M * weights, moved, sets

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import struct
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +16,14 @@ from metal_marlin.ops.activation import ACTIVATIONS
 from metal_marlin.ops.epilogue import epilogue, linear_epilogue
 from metal_marlin.ops.linear import linear
 from metal_marlin.ops.linear_decode_cases import Case as Product
+from metal_marlin.ops.marlin_gemm import plan as gemm_plan
 from metal_marlin.ops.spec import Check, OpSpec
-from metal_marlin.ops.weights import KEYS
+from metal_marlin.ops.weights import KEYS, library, on_16_bytes, plan_kind, row_name
+from metal_marlin.runtime.dispatch import dispatch_kernel
 
 FAMILY = ups.FAMILY
+DOWN = ("gated_mlp_fp4", "gated_mlp_residual_fp4")  # without and with a residual
+_GRID = "marlin_gemm_fused_fp4"  # whose pipeline it is
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,8 @@ def gated_mlp(
     shape of y. down_group_size: of down, where it is not ``group_size``. activation: "silu", "gelu" (erf) or
     "gelu_tanh". ``gated_up``, whose result is rounded to x's dtype, then ``linear``, or ``linear_epilogue`` with the
     residual; of up to 8 tokens two launches, "gated_mlp_fp4_decode" (or its "_batched") and ``linear``'s, and the
-    residual's. kernel: what ``gated_up`` takes, of which those two are for up to 8 tokens.
+    residual's. kernel: what ``gated_up`` takes, of which those two are for up to 8 tokens; or "gated_mlp_fp4", with a
+    residual "gated_mlp_residual_fp4": ``linear`` for gate and up, and a product with down that joins them as it reads.
     Sums are float32. Not differentiable. Raises ArgumentError naming the argument and the numbers.
     """
     return torch.ops.metal_marlin.gated_mlp(
@@ -107,10 +114,12 @@ def _check(
     up: tuple[torch.Tensor, torch.Tensor],
     down: tuple[torch.Tensor, torch.Tensor],
     groups: tuple[int, int],
+    activation: str,
     residual: torch.Tensor | None,
     kernel: str | None,
 ) -> int:
     """M."""
+    ups.plan("gated_mlp", x.dtype, gate[1].dtype, activation, None if kernel in DOWN else kernel)
     M, F, _ = ups.check_pair("gated_mlp", x, gate, up, groups[0])
     inner = torch.empty(1, F, device="meta", dtype=x.dtype)
     product.check("gated_mlp, down", inner, *down, None, "fp4", "none", groups[1])
@@ -120,6 +129,11 @@ def _check(
     if residual is not None and (residual.shape != wanted or residual.dtype != x.dtype):
         given = f"{residual.dtype} {tuple(residual.shape)}"
         raise ArgumentError(f"gated_mlp: residual is {given}; needs {x.dtype} {wanted}")
+    if kernel in DOWN and kernel != DOWN[residual is not None]:
+        said = "None" if residual is None else "given"
+        raise ArgumentError(
+            f"gated_mlp: kernel is {kernel!r}, residual is {said}; that takes {DOWN[residual is not None]!r}"
+        )
     if (kernel or "").startswith(ups.DECODE) and M > ups.FEW:
         raise ArgumentError(f"gated_mlp: kernel is {kernel!r}, M = {M}; it takes at most {ups.FEW} tokens")
     return M
@@ -140,13 +154,51 @@ def _new(
     kernel: str | None,
 ) -> torch.Tensor:
     gate, up, down = (gate_codes, gate_scales), (up_codes, up_scales), (down_codes, down_scales)
-    M = _check(x, gate, up, down, (group_size, down_group_size), residual, kernel)
+    M = _check(x, gate, up, down, (group_size, down_group_size), activation, residual, kernel)
+    if kernel in DOWN:
+        products = [linear(x, *weight, group_size) for weight in (gate, up)]
+        return _down(products, down, down_group_size, activation, residual, kernel)
     h = ups._new(x, *gate, *up, group_size, activation, kernel)
     if residual is None:
         return linear(h, *down, down_group_size)
     if M <= ups.FEW:  # the pipelines of linear_epilogue are for more
         return epilogue(linear(h, *down, down_group_size), residual=residual)
     return linear_epilogue(h, *down, down_group_size, residual=residual)
+
+
+@functools.lru_cache(maxsize=64)
+def row_of(kernel: str, dtype: torch.dtype, activation: str) -> str:
+    """The row of one of ``DOWN``."""
+    return ups.keyed(row_name("gated_mlp", kernel, DOWN, dtype, dtype, "fp4", "none"), activation, ups.ACTS[0])
+
+
+def _down(
+    products: list[torch.Tensor],
+    down: tuple[torch.Tensor, torch.Tensor],
+    group_size: int,
+    activation: str,
+    residual: torch.Tensor | None,
+    kernel: str,
+) -> torch.Tensor:
+    """(act(gate) ⊙ up) · downᵀ [+ residual] of both products [..., F]."""
+    x, (codes, scales) = products[0], down
+    row = row_of(kernel, x.dtype, activation)
+    out = x.new_empty((*x.shape[:-1], codes.shape[0]))
+    if out.numel() == 0:
+        return out
+    kind, K, N = plan_kind(x.device.type), x.shape[-1], out.shape[-1]
+    pool = torch.get_num_threads() if kind == "cpu" else 1
+    p = gemm_plan(x.numel() // K, N, K, x.dtype, x.dtype, kind, pool=pool, kernel=_GRID)
+    aligned = K % 32 == 0 and on_16_bytes(x, codes) and on_16_bytes(x, products[1])
+    shape = struct.pack("=7q", x.numel() // K, N, K, group_size, p.rows, p.tokens, aligned)
+    dispatch_kernel(
+        library(FAMILY, str(x.device), p.lanes),
+        row,
+        threadgroups=p.threadgroups,
+        threads_per_threadgroup=p.threads,
+        args=(*products, codes, scales, out, shape, x if residual is None else residual),
+    )
+    return out
 
 
 _torch = torch.library.Library("metal_marlin", "FRAGMENT")
@@ -169,6 +221,7 @@ CASES: tuple[Case, ...] = (
     ),
     *(Case(M, 64, 96, 33, 32, d, a, True) for M, d in ((3, _16[0]), (11, _16[1])) for a in ups.ACTS),
     *(Case(M, 72, 40, 9, 16, torch.float16, "gelu") for M in (1, 12)),
+    *(Case(66, 40, 328, 130, 16, d, "gelu_tanh", r) for d, r in zip(_16, (False, True), strict=True)),
     *(Case(M, 4096, 14336, 4096, 128, residual=r, model=True) for M, r in ((1, False), (8, False), (512, True))),
 )
 
@@ -193,7 +246,7 @@ def composed(case: Case, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
 def _row_case(name: str) -> tuple[Case, str]:
     case, base = ups._row_case(name)
     M = 1 if base == ups.DECODE else 5 if base.startswith(ups.DECODE) else 9
-    return Case(M, 64, 96, 37, 32, case.dtype, case.activation), base
+    return Case(M, 64, 96, 37, 32, case.dtype, case.activation, base == DOWN[1]), base
 
 
 OP = OpSpec("gated_mlp", FAMILY, gated_mlp_ref, CASES, "bench/gated.py", ("gated_mlp_*",), _compare, _row_case)

@@ -213,6 +213,7 @@ CASES: tuple[Case, ...] = (
     *(Case(9, N, 96, 32, d, a) for N in (1, 8, 31, 32, 33, 130) for a, d in zip(ACTS, (*_16, _16[0]), strict=True)),
     *(Case(5, 19, K, g, d, "gelu_tanh") for K, g in ((8, 8), (264, 128), (1000, 128), (520, 520)) for d in _16),
     *(Case(260, 40, 288, 32, d, "gelu") for d in _16),
+    *(Case(M, N, K, 64, d) for M, N, K in ((1, 9, 16448), (2, 1100, 256)) for d in _16),
     *(Case(M, 14336, 4096, 128, model=True) for M in (16, 512)),
 )
 
@@ -242,7 +243,7 @@ def _check(case: Case, device: str, kernel: str | None) -> Check:
 def _row_case(name: str) -> tuple[Case, str]:
     base, _, key = name.partition("__")
     keys = {part[0]: part[1:] for part in key.split("_") if part}
-    activation = {a.replace("_", ""): a for a in ACTS}[keys["e"]] if "e" in keys else KERNELS[base][0][0]
+    activation = {a.replace("_", ""): a for a in ACTS}[keys["e"]] if "e" in keys else KERNELS.get(base, (ACTS,))[0][0]
     return Case(9, 37, 264, 64, torch.bfloat16 if "t" in keys else torch.float16, activation), base
 
 

@@ -1,13 +1,16 @@
 // metal-marlin: lanes=any
 // Gated feed-forward layers with FP4 weights: y = (act(x * gate^T) * (x * up^T)) * down^T [+ residual], in parts.
 //
-//   gated_up_fp4        act(x * gate^T) * (x * up^T), act = SiLU: both products in one launch; core/gated.h over the tile
-//                       pipeline of marlin_gemm_fp4
-//   gated_up_geglu_fp4  act = GELU: by erf; __egelutanh by tanh
+//   gated_up_fp4                  act(x * gate^T) * (x * up^T), act = SiLU: both products in one launch; core/gated.h over
+//                                 the tile pipeline of marlin_gemm_fp4
+//   gated_up_geglu_fp4            act = GELU: by erf; __egelutanh by tanh
 //   gated_mlp_fp4_decode          the same for decoding, a token a threadgroup: core/gated.h over the pipeline of
 //                                 decode_gemv_fp4; a product with down follows (decode_gemv_fp4)
 //   gated_mlp_fp4_decode_batched  up to 8 tokens for one reading of both weights
-// Rows: <kernel>[__[t<dtype>][_e<activation>]]; scales are as the activations. Grid: x covers outputs, y covers M.
+//   gated_mlp_fp4                 (act(gate) * up) * down^T of both products in memory: what is multiplied is formed where
+//                                 it is read; GatedInput of core/gated.h over core/gemm_fused.h
+//   gated_mlp_residual_fp4        the same, residual added before y is rounded
+// Rows: <kernel>[__[t<dtype>][_e<activation>]], SiLU by default where it is not said; scales are as the activations. Grid: x covers outputs, y covers M.
 // ops/gated_up.py and ops/gated_mlp.py hold the numbers.
 #include <metal_stdlib>
 #include "core/gated_kernel.h"
@@ -30,3 +33,12 @@ GATED_UP("gated_up_geglu_fp4__egelutanh", "gated_up_geglu_fp4__tbf16_egelutanh",
 DECODE("", "__tbf16", Silu)
 DECODE("__egelu", "__tbf16_egelu", Gelu)
 DECODE("__egelutanh", "__tbf16_egelutanh", GeluTanh)
+
+#define DOWN(half_key, bfloat_key, Act)                                                                      \
+    INSTANTIATE("gated_mlp_fp4" half_key, gated_down<Fp4<half>, Act, half, kAlone>)                          \
+    INSTANTIATE("gated_mlp_fp4" bfloat_key, gated_down<Fp4<bfloat>, Act, bfloat, kAlone>)                    \
+    INSTANTIATE("gated_mlp_residual_fp4" half_key, gated_down<Fp4<half>, Act, half, kResidual>)              \
+    INSTANTIATE("gated_mlp_residual_fp4" bfloat_key, gated_down<Fp4<bfloat>, Act, bfloat, kResidual>)
+DOWN("", "__tbf16", Silu)
+DOWN("__egelu", "__tbf16_egelu", Gelu)
+DOWN("__egelutanh", "__tbf16_egelutanh", GeluTanh)

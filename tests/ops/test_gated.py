@@ -191,16 +191,44 @@ def test_layer(case: mlps.Case, device: str) -> None:
     tensors = case.tensors(device)
     exact, theirs = layer(case, tensors, torch.float64), layer(case, tensors, case.dtype)
     firsts = [k for k, (acts, _) in ups.KERNELS.items() if case.activation in acts and half_of(k, case.M)]
-    for kernel in (None, *firsts):
+    for kernel in (None, *firsts, mlps.DOWN[case.residual]):
         before = counters()
         y = gated_mlp(*tensors[:7], case.group, kernel=kernel, **case.options(tensors[7]))  # type: ignore[arg-type]
         launched = counters() - before
-        row = ups.plan("test", case.dtype, case.dtype, case.activation, kernel or firsts[0]).name
-        if kernel is not None:
+        if kernel in mlps.DOWN:
+            assert launched[mlps.row_of(kernel, case.dtype, case.activation)] == 1
+            assert sum(launched.values()) == 3 or device == "cuda"
+        elif kernel is not None:
+            row = ups.plan("test", case.dtype, case.dtype, case.activation, kernel).name
             assert launched[row] == 1
             assert device == "cuda" or sum(launched.values()) == 2 + (case.residual and case.M <= 8)
         assert y.dtype == case.dtype
         assert close(y, exact, theirs, case.dtype), kernel
+
+
+def test_layer_by_simdgroups_of_32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ups, "plan_kind", lambda _: "mps")
+    monkeypatch.setattr(mlps, "plan_kind", lambda _: "mps")
+    for case in MLPS:
+        test_layer(case, "cpu")
+
+
+def test_layer_is_clean_in_checked_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = MetalKernelLibrary(mlps.FAMILY, device="cpu", lanes=32, checked=True)
+    monkeypatch.setattr(mlps, "library", lambda *_: checked)
+    monkeypatch.setattr(mlps, "plan_kind", lambda _: "mps")
+    for case in (
+        mlps.Case(3, 64, 104, 67, 32, d, a, r) for d, a, r in zip(EPS, ups.ACTS[1:], (False, True), strict=True)
+    ):
+        tensors = case.tensors()
+        y = gated_mlp(*tensors[:7], 32, kernel=mlps.DOWN[case.residual], **case.options(tensors[7]))  # type: ignore[arg-type]
+        assert close(y, layer(case, tensors, torch.float64), layer(case, tensors, case.dtype), case.dtype)
+
+
+def test_rows_of_layers() -> None:
+    wanted = {mlps.row_of(kernel, dtype, act) for kernel in mlps.DOWN for dtype in EPS for act in ups.ACTS}
+    rows = MetalKernelLibrary(mlps.FAMILY, device="cpu").kernels
+    assert {row for row in rows if row.partition("__")[0] in mlps.DOWN} == wanted
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -238,6 +266,12 @@ def test_layer_shapes(M: int, device: str) -> None:
         ),
         ({"kernel": "gated_mlp_fp4_decode"}, "kernel is 'gated_mlp_fp4_decode', M = 12; it takes at most 8 tokens"),
         ({"gate_codes": torch.zeros(24, 6, dtype=torch.int32)}, "gated_mlp, gate: x has K = 32, codes have K = 48"),
+        ({"kernel": "gated_mlp_residual_fp4"}, "residual is None; that takes 'gated_mlp_fp4'"),
+        (
+            {"kernel": "gated_mlp_fp4", "residual": torch.zeros(12, 9).half()},
+            "residual is given; that takes 'gated_mlp_residual_fp4'",
+        ),
+        ({"kernel": "marlin_gemm_fp4"}, "gated_mlp: kernel is 'marlin_gemm_fp4'"),
         ({"activation": "relu"}, "activation = 'relu'; there are silu, gelu, gelu_tanh"),
     ],
 )

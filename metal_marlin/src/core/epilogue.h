@@ -32,6 +32,7 @@ struct Identity {
 // Fixed at compile time.
 template <typename T, typename Act, bool kBias, Join kJoin> struct FixedEpilogue {
     EpilogueArguments<T> a;
+    FixedEpilogue(EpilogueArguments<T> a) : a(a) {}
     FixedEpilogue(EpilogueArguments<T> a, constant EpilogueShape&) : a(a) {}
     float apply(float value, uint m, uint n) const {
         const float v = Act::of(kBias ? value + float(a.bias[n]) : value);

@@ -6,6 +6,10 @@
 //   codes, scales        the gate's, as in gemm.h; N: rows of each matrix and outputs
 //   up_codes, up_scales  of the same shapes
 // Sums are float, so is what becomes of them; y is rounded once. Formats without a factor of the whole tensor.
+//
+// GatedInput<T, Act> is an input (core/input.h) of the product that follows: x holds the gate's product, `up` the other one
+// [M, K], and act(x) * up is what is multiplied, rounded to T where pipelines multiply in T. It is worked out again for
+// every tile of rows of W.
 // Sources: own.
 #include <metal_stdlib>
 #include "core/gemm.h"
@@ -52,5 +56,38 @@ struct GemvArguments<GateUp<Q, Act>, T> : GemvArguments<Q, T> {
     }
     typename Q::Row row_of(uint matrix, uint n) const {
         return up.row(matrix ? up.scales : this->scales, n, this->N, this->groups);
+    }
+};
+
+template <typename T, typename Act> struct GatedInput {
+    enum : bool { kPlain = false };
+    device const T* up;
+    uint M, K;
+    bool aligned; // K fills 16 bytes, up starts at a multiple of them
+
+    struct Row {
+        device const T* up;
+        float at(float gate, uint k) const { return Act::of(gate) * float(up[k]); }
+    };
+    Row row(uint token) const { return Row{up + ulong(token) * K}; }
+
+    static float number(uint bits) { return float(as_type<T>(ushort(bits & 0xffffu))); }
+    static uint two(uint gate, float first, float second) {
+        const T low = T(Act::of(number(gate)) * first), high = T(Act::of(number(gate >> 16)) * second);
+        return uint(as_type<ushort>(low)) | uint(as_type<ushort>(high)) << 16;
+    }
+    // Of tokens and k behind the end, what is no sum's.
+    uint4 eight(uint4 gate, uint token, uint k) const {
+        if (token >= M || k >= K) return uint4(0);
+        device const T* from = up + ulong(token) * K + k;
+        if (aligned) {
+            const uint4 more = *(device const uint4*)from;
+#pragma unroll
+            for (uint i = 0; i < 4; ++i) gate[i] = two(gate[i], number(more[i]), number(more[i] >> 16));
+        } else {
+#pragma unroll
+            for (uint i = 0; i < 4; ++i) gate[i] = two(gate[i], float(from[2 * i]), float(from[2 * i + 1]));
+        }
+        return gate;
     }
 };

@@ -1,5 +1,5 @@
 #pragma once
-// Kernels around Gemm and Gemv with two matrices, for files of rows.
+// Kernels around Gemm and Gemv with two matrices, and around Gemm with an input of two products, for files of rows.
 #include "core/gated.h"
 
 template <typename Q, typename Act, typename T, typename Schedule>
@@ -31,4 +31,20 @@ gated_up_gemv(device const T* x [[buffer(0)]], device const uint* codes [[buffer
     const GemvArguments<Q, T> gate(x, codes, scales, scales, y, shape);
     const UpMatrix<Q> up = {up_codes, up_scales};
     Core::run(GemvArguments<W, T>(gate, up), GemvPlace{tgid, sgid, lane, sgs}, sh);
+}
+
+template <typename W, typename Act, typename T, Join kJoin>
+[[kernel, max_total_threads_per_threadgroup(128)]] void
+gated_down(device const T* gate [[buffer(0)]], device const T* up [[buffer(1)]],
+           device const uint* codes [[buffer(2)]], device const typename W::S* scales [[buffer(3)]],
+           device T* y [[buffer(4)]], constant GemmShape& shape [[buffer(5)]],
+           device const T* residual [[buffer(6)]], uint3 tgid [[threadgroup_position_in_grid]],
+           uint sgid [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+    typedef FixedEpilogue<T, Identity, false, kJoin> Finish;
+    typedef Gemm<W, T, Fused<64, 64>, Finish> Core;
+    threadgroup typename Core::Shared sh;
+    const EpilogueArguments<T> more = {residual, residual, uint(shape.N), 1.0f};
+    const GatedInput<T, Act> input = {up, uint(shape.M), uint(shape.K), shape.aligned != 0};
+    Core::run(GemmArguments<W, T>(gate, codes, scales, scales, y, shape), GemmPlace{tgid, sgid, lane}, sh,
+              Finish(more), input);
 }

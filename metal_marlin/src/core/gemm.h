@@ -16,6 +16,7 @@
 #include <metal_stdlib>
 #include "core/constants.h"
 #include "core/epilogue.h"
+#include "core/input.h"
 #include "core/matrices.h"
 #include "core/tile.h"
 #include "formats/nf3.h" // for nvidia/operand.h: what is included under an #if is nowhere else

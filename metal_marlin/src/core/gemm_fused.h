@@ -61,11 +61,13 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
         }
     }
 
-    static void put(thread const Fetched& f, GemmPlace at, threadgroup T* xs) {
+    template <typename Input>
+    static void put(thread const Fetched& f, GemmPlace at, uint k, threadgroup T* xs, Input input) {
 #pragma unroll
         for (uint i = 0; i < kChunks; ++i) {
             const uint chunk = at.sgid * kSimdWidth + at.lane + i * kThreads;
-            const uint2 low = f.x[i].xy, high = f.x[i].zw; // numbers 0 ... 3 and 4 ... 7
+            const uint4 x = input.eight(f.x[i], at.tgid.y * kBM + chunk / 4, k + chunk % 4 * 8);
+            const uint2 low = x.xy, high = x.zw; // numbers 0 ... 3 and 4 ... 7
             const uint2 even = (low & 0xffffu) | (high << 16), odd = (low >> 16) | (high & 0xffff0000u);
             threadgroup T* to = xs + chunk / 4 * kStride + chunk % 4 * 8;
             *(threadgroup uint4*)to = uint4(even.x, odd.x, even.y, odd.y);
@@ -93,12 +95,14 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
         }
     }
 
-    static void run(Arguments a, GemmPlace at, threadgroup Shared& sh, Epilogue epilogue) {
+    template <typename Input = PlainInput>
+    static void run(Arguments a, GemmPlace at, threadgroup Shared& sh, Epilogue epilogue,
+                    Input input = Input()) {
         Sums sums;
         Math::clear(sums);
         Fetched now;
         fetch(a, at, 0, now);
-        put(now, at, sh.x[0]);
+        put(now, at, 0, sh.x[0], input);
         threadgroup_barrier(mem_flags::mem_threadgroup);
         uint stage = 0;
         for (uint k = 0; k < a.K; k += kBK) {
@@ -107,7 +111,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
             if (more) fetch(a, at, k + kBK, next);
             multiply(now, sh.x[stage], at.lane, sums);
             stage ^= 1;
-            if (more) put(next, at, sh.x[stage]);
+            if (more) put(next, at, k + kBK, sh.x[stage], input);
             threadgroup_barrier(mem_flags::mem_threadgroup);
             now = next;
         }

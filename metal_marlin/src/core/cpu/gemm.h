@@ -82,7 +82,9 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct P
         Wide scale, zero, bias;
     };
 
-    static void run(GemmArguments<W, T> a, GemmPlace at, threadgroup Shared&, Epilogue epilogue) {
+    template <typename Input = PlainInput>
+    static void run(GemmArguments<W, T> a, GemmPlace at, threadgroup Shared&, Epilogue epilogue,
+                    Input input = Input()) {
         const uint row = at.tgid.x * a.rows, rows = min(a.rows, a.N - row);
         const uint apart = W::kMatrices == 1 ? uint(kMostRows) : (rows + 15) & ~15u;
         const uint other = W::kMatrices == 1 ? 0 : apart, all = other + rows;
@@ -93,7 +95,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct P
             const uint depth = min(uint(kDepth), a.K - k);
             for (uint m = 0; m < tokens; ++m) {
                 device const T* x = a.x + ulong(token + m) * a.K + k;
-                for (uint i = 0; i < depth; ++i) block.x[m][i] = float(x[i]);
+                const typename Input::Row in = input.row(token + m);
+                for (uint i = 0; i < depth; ++i) block.x[m][i] = in.at(float(x[i]), k + i);
             }
             for (uint r = 0; r < all; r += kPanel) {
                 decode(a, codes, row, r, apart, k, depth, block);
