@@ -54,7 +54,8 @@ def gate_and_up(case: ups.Case, device: str) -> Named:
         gate, up = dense[i % len(dense)]
         return ACTIVATIONS[case.activation](data[i][0] @ gate.T) * (data[i][0] @ up.T)  # type: ignore[operator]
 
-    calls = {k: one(k) for k, (acts, _) in ups.KERNELS.items() if case.activation in acts}
+    kernels = [k for k, (acts, _) in ups.KERNELS.items() if case.activation in acts]
+    calls = {k: one(k) for k in kernels if k.startswith(ups.DECODE) == (case.M <= ups.FEW)}
     calls |= {"gated_up": one(None), "linear, linear, epilogue_standalone": apart, "torch": library}
     wanted = ups.gated_up_ref(*data[0], g, case.activation)
     return f"gated_up-{case}", calls, wanted, 4 * case.M * case.N * case.K, moved, sets
@@ -82,7 +83,8 @@ def layers(case: mlps.Case, device: str) -> Named:
         return data[i][7] + y if case.residual else y
 
     calls: dict[str, Candidate] = {"gated_mlp": one(None)}
-    calls |= {k: one(k) for k in (mlps.DOWN[case.residual], "gated_up_fp4", "dense_fused_gate_up_fp4")}
+    few, many = (ups.DECODE, f"{ups.DECODE}_batched"), ("gated_up_fp4", "dense_fused_gate_up_fp4")
+    calls |= {k: one(k) for k in (few if case.M <= ups.FEW else (*many, mlps.DOWN[case.residual]))}
     calls |= {"linear and epilogue_standalone": apart, "torch": library}
     wanted = mlps.gated_mlp_ref(*data[0][:7], g, **case.options(data[0][7]))  # type: ignore[arg-type]
     return f"gated_mlp-{case}", calls, wanted, 2 * case.M * weights, moved, sets
@@ -95,7 +97,6 @@ def measure(item: Named, device: str) -> list[tuple[str, ...]]:
         y = call(0)
         assert isinstance(y, torch.Tensor)
         synchronize(device)
-
         errors[name] = require_correct(f"{case} {name}", y, wanted, 4e-3)
     if device.startswith("cuda"):
         times = graph_times(calls, device, inner=max(8, sets), sets=sets)

@@ -15,6 +15,7 @@ from metal_marlin.ops.activation import ACTIVATIONS
 from metal_marlin.ops.dense import FAMILY as DENSE_FAMILY
 from metal_marlin.ops.epilogue import epilogue
 from metal_marlin.ops.linear import linear
+from metal_marlin.ops.linear import plan as linear_plan
 from metal_marlin.ops.linear_decode import Plan as DecodePlan
 from metal_marlin.ops.linear_decode import plan as decode_plan
 from metal_marlin.ops.linear_decode_cases import Case as Product
@@ -147,8 +148,9 @@ def gated_up(
     [2 N, K] are views. activation: "silu", "gelu" (erf) or "gelu_tanh". Sums and what follows are float32, y is rounded
     once (arXiv 2002.05202). kernel: "gated_up_fp4" (silu) or "gated_up_geglu_fp4" (the others), or
     "dense_fused_gate_up_fp4" (any), which decodes weights in registers, or "gated_mlp_fp4_decode" or its "_batched"
-    (any, for few tokens). None: of up to 8 tokens one of the last, of more one of the first, but on cuda ``linear``
-    twice and ``epilogue``: other pipelines are faster there (both products are rounded in between).
+    (any, for few tokens). None: of up to 8 tokens, on a cpu of as many as ``linear`` gives to ``linear_decode``, one of
+    the last, of more one of the first, but on cuda ``linear`` twice and ``epilogue``: other pipelines are faster there
+    (both products are rounded in between).
     Not differentiable. Raises ArgumentError naming the argument and the numbers.
     """
     return torch.ops.metal_marlin.gated_up(
@@ -167,10 +169,12 @@ def _new(
     kernel: str | None,
 ) -> torch.Tensor:
     M, N, K = check_pair("gated_up", x, (gate_codes, gate_scales), (up_codes, up_scales), group_size)
-    if kernel is None and M <= FEW:
+    kind = plan_kind(x.device.type)
+    if kernel is None and (
+        M <= FEW or (kind == "cpu" and linear_plan(M, 2 * N, K, x.dtype, x.dtype, kind) == "linear_decode")
+    ):
         kernel = DECODE if M == 1 else f"{DECODE}_batched"
     row = plan("gated_up", x.dtype, gate_scales.dtype, activation, kernel)
-    kind = plan_kind(x.device.type)
     if kind == "cuda" and kernel is None:
         gate = linear(x, gate_codes, gate_scales, group_size)
         return epilogue(gate, activation=activation, gate=linear(x, up_codes, up_scales, group_size))

@@ -86,8 +86,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct P
     static void run(GemmArguments<W, T> a, GemmPlace at, threadgroup Shared&, Epilogue epilogue,
                     Input input = Input()) {
         const uint row = at.tgid.x * a.rows, rows = min(a.rows, a.N - row);
-        const uint apart = W::kMatrices == 1 ? uint(kMostRows) : (rows + 15) & ~15u;
-        const uint other = W::kMatrices == 1 ? 0 : apart, all = other + rows;
+        const uint other = (W::kMatrices - 1) * rows, all = other + rows;
         const uint token = at.tgid.y * a.tokens, tokens = min(a.tokens, a.M - token);
         const WideCodes<Format> codes;
         Block block;
@@ -99,7 +98,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct P
                 for (uint i = 0; i < depth; ++i) block.x[m][i] = in.at(float(x[i]), k + i);
             }
             for (uint r = 0; r < all; r += kPanel) {
-                decode(a, codes, row, r, apart, k, depth, block);
+                decode(a, codes, row, r, rows, k, depth, block);
                 uint m = 0;
                 for (; m + kTokens <= tokens; m += kTokens) multiply<kTokens>(block, m, r, depth, k == 0);
                 for (; m + 2 <= tokens; m += 2) multiply<2>(block, m, r, depth, k == 0);
