@@ -110,6 +110,7 @@ SQUARES = "for (uint i = at.first(); i < width; i += at.stride()) squares += flo
 FILLED = "put(f, tid, sh.w[0], sh.x[0]);"
 NEXT = "if (more) put(f, tid, sh.w[next], sh.x[next]);"
 STAGED = "sh.x[i] = tile + i < a.K ? x[tile + i] : T(0);"
+BOUNDED = "return codes + min(n, N - 1) * ulong"
 RACE, OUTSIDE, UNKNOWN = ("race",), ("out-of-bounds",), ("uninitialised-read",)
 MISTAKES = [
     Wrong("no barrier before the sum", "rms_norm", f"{PARTS}\n    {BARRIER}", PARTS, RACE, rms),
@@ -148,8 +149,8 @@ MISTAKES = [
     Wrong(
         "rows behind W",
         "marlin_gemm_fp4",
-        "min(at.tgid.x * kBN + tid / (kBK / kWeights), a.N - 1)",
-        "at.tgid.x * kBN + tid / (kBK / kWeights)",
+        BOUNDED,
+        BOUNDED.replace("min(n, N - 1)", "n"),
         OUTSIDE,
         gemm("marlin_gemm_fp4"),
     ),
@@ -228,8 +229,8 @@ MISTAKES = [
     Wrong(
         "rows behind W",
         "decode_gemv_fp4",
-        "const ulong n = min(first + r, a.N - 1);",
-        "const ulong n = first + r;",
+        BOUNDED,
+        BOUNDED.replace("min(n, N - 1)", "n"),
         OUTSIDE,
         gemv("decode_gemv_fp4", 256),
     ),
