@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from metal_marlin.nn.linear import QuantLinear
     from metal_marlin.ops.activation import gated_activation
     from metal_marlin.ops.dequantize import dequantize
+    from metal_marlin.ops.gated_mlp import gated_mlp
+    from metal_marlin.ops.gated_up import gated_up
     from metal_marlin.ops.linear import linear
     from metal_marlin.ops.linear_decode import linear_decode
     from metal_marlin.ops.linear_residual import linear_residual
@@ -36,6 +38,8 @@ _HOMES = {
     "QuantizedTensor": "metal_marlin.quant.tensor",
     "dequantize": "metal_marlin.ops.dequantize",
     "gated_activation": "metal_marlin.ops.activation",
+    "gated_mlp": "metal_marlin.ops.gated_mlp",
+    "gated_up": "metal_marlin.ops.gated_up",
     "layer_norm": "metal_marlin.ops.norm",
     "linear": "metal_marlin.ops.linear",
     "linear_decode": "metal_marlin.ops.linear_decode",
@@ -58,6 +62,8 @@ __all__ = [
     "dequantize",
     "dispatch_kernel",
     "gated_activation",
+    "gated_mlp",
+    "gated_up",
     "get_shader_source",
     "layer_norm",
     "linear",

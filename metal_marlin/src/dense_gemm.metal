@@ -9,15 +9,18 @@
 //   dense_decode_gemv_fp4           w in FP4, a token a threadgroup; core/gemv.h
 //   dense_decode_gemv_fp4_tiled     the pipeline of any simdgroup, x in threadgroup memory, 2048 elements at a time
 //   dense_batched_decode_gemv_fp4   up to 8 tokens for one reading of w
+//   dense_fused_gate_up_fp4         act(x * gate^T) * (x * up^T), both in FP4: core/gated.h over core/gemm_fused.h;
+//                                   act is SiLU, or __egelu, __egelutanh
 //   dense_gemm_prefill_splitk_fp4   w in FP4, parts[z] from slice z of K; core/gemm_split.h
 //   marlin_gemm_fp4_striped         stream-K: a fixed number of threadgroups share tiles x slices evenly
 //   marlin_zero_reduction           parts = 0, before marlin_gemm_fp4_striped
 //   dense_splitk_reduce             y = parts[0] + parts[1] + ..., in this order, rounded once
 //
-// Rows: <kernel>[__t<dtype>]. Grid: x covers N, y covers M, z = slices; striped: x = threadgroups; the last two: x covers
+// Rows: <kernel>[__[t<dtype>][_e<act>]]. Grid: x covers N, y covers M, z = slices; striped: x = threadgroups; the last two: x covers
 // M * N (and all parts), a thread an element. 32 lanes on every device, but for the rows of core/gemm.h and core/gemv.h.
-// ops/dense.py and ops/dense_few.py have the numbers.
+// ops/dense.py, ops/dense_few.py and ops/gated_up.py have the numbers.
 #include <metal_stdlib>
+#include "core/gated_kernel.h"
 #include "core/gemm_dense.h"
 #include "core/gemm_kernel.h"
 #include "core/gemm_split.h"
@@ -134,3 +137,10 @@ SMALL("dense_gemm_small_batch_fp4_fp32acc")
 GEMV("dense_decode_gemv_fp4", GemvOne)
 GEMV("dense_batched_decode_gemv_fp4", GemvBatch)
 GEMV("dense_decode_gemv_fp4_tiled", GemvTiled)
+
+#define GATE_UP(half_key, bfloat_key, Act)                                                                   \
+    INSTANTIATE("dense_fused_gate_up_fp4" half_key, gated_up<Fp4<half>, Act, half, Fused<64, 64>>)           \
+    INSTANTIATE("dense_fused_gate_up_fp4" bfloat_key, gated_up<Fp4<bfloat>, Act, bfloat, Fused<64, 64>>)
+GATE_UP("", "__tbf16", Silu)
+GATE_UP("__egelu", "__tbf16_egelu", Gelu)
+GATE_UP("__egelutanh", "__tbf16_egelutanh", GeluTanh)

@@ -31,7 +31,9 @@ ENTRY(384)
 
 // size: rows x tokens x parts; depth, ahead, along N, along K
 #define TILE(name, size, rows, tokens, parts, depth, ahead, n, k, few, threads, W, T)                        \
-    INSTANTIATE(name "m" size, packed_gemm_##threads<W, T, PackedTile<rows, tokens, depth, ahead, n, k, parts, few, threads>>)
+    INSTANTIATE(                                                                                             \
+        name "m" size,                                                                                       \
+        packed_gemm_##threads<W, T, PackedTile<rows, tokens, depth, ahead, n, k, parts, few, threads>>)
 #define TILES(name, W, T)                                                                                    \
     TILE(name, "32x8", 32, 8, 1, 512, 5, 1, 8, true, 288, W, T)                                              \
     TILE(name, "64x8", 64, 8, 1, 512, 4, 1, 8, true, 288, W, T)                                              \

@@ -17,6 +17,7 @@
 #include "core/constants.h"
 #include "core/epilogue.h"
 #include "core/input.h"
+#include "core/matrices.h"
 #include "core/tile.h"
 #include "formats/nf3.h" // for nvidia/operand.h: what is included under an #if is nowhere else
 #include "formats/quantized.h"
@@ -58,6 +59,12 @@ template <typename W, typename T> struct GemmArguments {
         return W::row(scales, (device const typename W::E*)extra, n, groups);
     }
     uint group(uint k) const { return min(k >> shift, groups - 1); }
+
+    // Of a row of W as pipelines ask for it, the last one again behind the end; `matrix`: core/matrices.h.
+    device const uint* codes_of(uint, uint n) const {
+        return codes + min(n, N - 1) * ulong(CodeWords<typename W::Format>::stored(K));
+    }
+    typename W::Row row_of(uint, uint n) const { return row(min(n, N - 1)); }
 };
 
 // Where a thread stands.

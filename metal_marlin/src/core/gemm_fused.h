@@ -9,6 +9,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
     typedef TileGemm<W, T, Schedule, Epilogue> Plain;
     typedef typename W::Format Format;
     typedef GemmArguments<W, T> Arguments;
+    typedef MatrixRows<W::kMatrices> Place;
     enum : uint {
         kSimdgroups = 4,
         kMostTokens = Schedule::kTokens,
@@ -35,11 +36,12 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
     typedef typename Math::template Sums<kRows, kBM> Sums;
 
     static void fetch(thread const Arguments& a, GemmPlace at, uint k, thread Fetched& f) {
-        const uint first = at.tgid.x * kBN + at.sgid * kRows + Math::row_of(at.lane);
+        const uint first = at.sgid * kRows + Math::row_of(at.lane);
 #pragma unroll
         for (uint j = 0; j < kEights; ++j) {
-            const uint row = min(first + 8 * j, a.N - 1);
-            device const uint* from = a.codes + ulong(row) * (a.K / 8) + k / 8;
+            const uint matrix = Place::matrix(first + 8 * j, 8);
+            const uint n = at.tgid.x * (kBN / W::kMatrices) + Place::row(first + 8 * j, 8);
+            device const uint* from = a.codes_of(matrix, n) + k / 8;
             f.words[j] = 0;
             if (a.aligned) {
                 if (k < a.K) f.words[j] = *(device const uint4*)from;
@@ -49,7 +51,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
                     if (k + 8 * i < a.K) f.words[j][i] = from[i];
                 }
             }
-            const typename W::Row of = a.row(row);
+            const typename W::Row of = a.row_of(matrix, n);
 #pragma unroll
             for (uint i = 0; i < 2; ++i) f.groups[j][i] = of.group(a.group(k + 16 * i));
         }
@@ -115,7 +117,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
             now = next;
         }
         const typename Plain::Sink sink = {
-            a.y, a.N, a.M, at.tgid.x * kBN + at.sgid * kRows, at.tgid.y * kBM, epilogue};
-        Math::each(sums, sh.scratch[at.sgid], at.lane, sink);
+            a.y, a.N, a.M, (at.tgid.x * kBN + at.sgid * kRows) / W::kMatrices, at.tgid.y * kBM, epilogue};
+        Place::template outputs<Math>(sums, sh.scratch[at.sgid], at.lane, sink);
     }
 };

@@ -7,12 +7,14 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct T
     typedef typename Schedule::template Size<T> Size;
     typedef typename W::Format Format;
     typedef CodeWords<Format> Memory;
+    typedef MatrixRows<W::kMatrices> Place;
     enum : uint {
         kBN = Size::kBN,
         kBM = Size::kBM,
         kBK = Size::kBK,
         kRows = kBN / Size::kWN, // of a simdgroup
         kTokens = kBM / Size::kWM,
+        kOutputs = kBN / W::kMatrices,
         kStride = kBK + Size::kPad,
         kSimdgroups = Size::kWN * Size::kWM,
         kThreads = kSimdgroups * kSimdWidth,
@@ -41,8 +43,9 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct T
     };
     struct Sink {
         device T* y;
-        uint N, M, n, m; // of y; of the simdgroup's first sum
+        uint N, M, n, m; // of y; of the simdgroup's first output
         Epilogue epilogue;
+        float join(float a, float b) const { return W::join(a, b); }
         void operator()(uint row, uint column, float sum) const {
             const uint to = n + row, token = m + column;
             if (to < N && token < M) y[ulong(token) * N + to] = T(epilogue.apply(sum, token, to));
@@ -99,10 +102,10 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct T
 
     static void fetch(thread const GemmArguments<W, T>& a, GemmPlace at, uint tid, uint k0,
                       thread Fetched& f) {
-        const ulong row = min(at.tgid.x * kBN + tid / (kBK / kWeights), a.N - 1);
-        const uint k = k0 + tid % (kBK / kWeights) * kWeights;
-        fetch_words(a.codes + row * Memory::stored(a.K), k, a.K, a.aligned, f.words);
-        const typename W::Row of = a.row(row);
+        const uint row = tid / (kBK / kWeights), k = k0 + tid % (kBK / kWeights) * kWeights;
+        const uint matrix = Place::matrix(row, 8), n = at.tgid.x * kOutputs + Place::row(row, 8);
+        fetch_words(a.codes_of(matrix, n), k, a.K, a.aligned, f.words);
+        const typename W::Row of = a.row_of(matrix, n);
 #pragma unroll
         for (uint i = 0; i < kWeights / kRun; ++i) {
             f.groups[i] = of.group(a.group(k + i * kRun));
@@ -173,7 +176,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct T
             threadgroup_barrier(mem_flags::mem_threadgroup);
             stage = next;
         }
-        const Sink sink = {a.y, a.N, a.M, at.tgid.x * kBN + row, at.tgid.y * kBM + token, epilogue};
-        Math::each(sums, sh.scratch[at.sgid], at.lane, sink);
+        const Sink sink = {
+            a.y, a.N, a.M, at.tgid.x * kOutputs + row / W::kMatrices, at.tgid.y * kBM + token, epilogue};
+        Place::template outputs<Math>(sums, sh.scratch[at.sgid], at.lane, sink);
     }
 };

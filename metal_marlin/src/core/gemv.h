@@ -17,6 +17,7 @@
 #include "core/constants.h"
 #include "core/epilogue.h"
 #include "core/input.h"
+#include "core/matrices.h"
 #include "formats/nf3.h" // for nvidia/operand.h: what is included under an #if is nowhere else
 #include "formats/quantized.h"
 using namespace metal;
@@ -52,6 +53,12 @@ template <typename Q, typename T> struct GemvArguments {
         return Q::row(scales, (device const typename Q::E*)extra, n, groups);
     }
     uint group(uint k) const { return min(k >> shift, groups - 1); }
+
+    // As in GemmArguments.
+    device const uint* codes_of(uint, uint n) const {
+        return codes + min(n, N - 1) * ulong(CodeWords<typename Q::Format>::stored(K));
+    }
+    typename Q::Row row_of(uint, uint n) const { return row(min(n, N - 1)); }
 };
 
 // Where a thread stands; sgs: simdgroups of a threadgroup.

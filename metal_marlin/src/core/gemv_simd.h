@@ -9,12 +9,14 @@ template <typename Q, typename T, uint kTokens, uint kWords_ = 0, uint kTile = 0
 struct SimdGemv {
     typedef typename Q::Format Format;
     typedef CodeWords<Format> Memory;
+    typedef MatrixRows<Q::kMatrices> Place;
     enum : uint {
         kPerWord = Format::kPerWord,
         kWords = kWords_ ? kWords_
         : kTokens == 1   ? 4
                          : 8 / kPerWord,
         kRows = kWords > 4 ? 2 : 4,
+        kOutputs = kRows / Q::kMatrices,
         kStep = kWords * kPerWord,
         kRun = kStep < 16 ? kStep : 16, // no scale changes within
         kRuns = kStep / kRun,
@@ -123,7 +125,7 @@ struct SimdGemv {
     static void run(GemvArguments<Q, T> a, GemvPlace at, threadgroup Shared& sh,
                     Epilogue epilogue = Epilogue(), Input input = Input()) {
         static_assert(Input::kPlain || kTile == 0, "SimdGemv: a tile holds x as it is");
-        const uint first = (at.tgid.x * at.sgs + at.sgid) * kRows, token = at.tgid.y * kTokens;
+        const uint first = (at.tgid.x * at.sgs + at.sgid) * kOutputs, token = at.tgid.y * kTokens;
         float total[kRows][kTokens];
 #pragma unroll
         for (uint r = 0; r < kRows; ++r) {
@@ -138,18 +140,18 @@ struct SimdGemv {
                 const Inputs in = inputs(a, token, k, tile, sh, input);
 #pragma unroll
                 for (uint r = 0; r < kRows; ++r) {
-                    const ulong n = min(first + r, a.N - 1);
-                    const Words w =
-                        load(a.codes + n * Memory::stored(a.K), k / kPerWord, a.K / kPerWord, a.aligned);
-                    step(w, a, n, k, in, total[r]);
+                    const uint matrix = Place::matrix(r, kOutputs), n = first + Place::row(r, kOutputs);
+                    const Words w = load(a.codes_of(matrix, n), k / kPerWord, a.K / kPerWord, a.aligned);
+                    step(w, a, a.row_of(matrix, n), k, in, total[r]);
                 }
             }
         }
 #pragma unroll
-        for (uint r = 0; r < kRows; ++r) {
+        for (uint r = 0; r < kOutputs; ++r) {
 #pragma unroll
             for (uint m = 0; m < kTokens; ++m) {
-                const float sum = simd_sum(total[r][m]);
+                float sum = simd_sum(total[r][m]);
+                if (Q::kMatrices == 2) sum = Q::join(sum, simd_sum(total[(r + kOutputs) % kRows][m]));
                 if (at.lane == 0 && first + r < a.N && token + m < a.M) {
                     a.y[ulong(token + m) * a.N + first + r] = T(epilogue.apply(sum, token + m, first + r));
                 }
@@ -158,9 +160,8 @@ struct SimdGemv {
     }
 
     // Words behind the end are 0, and so is what they are multiplied by.
-    static void step(Words words, thread const GemvArguments<Q, T>& a, ulong n, uint k,
+    static void step(Words words, thread const GemvArguments<Q, T>& a, typename Q::Row row, uint k,
                      thread const Inputs& in, thread float (&total)[kTokens]) {
-        const typename Q::Row row = a.row(n);
 #pragma unroll
         for (uint run = 0; run < kRuns; ++run) {
             const typename Q::Group group = row.group(a.group(k + run * kRun));

@@ -34,19 +34,20 @@ template <typename W, typename T> struct PackedArguments {
     uint M, N, K, groups, group;
     uint shift; // weight k has scale k >> shift
 
-    PackedArguments(device const T* x, device const uint* codes, device const S* scales, device const E* extra,
-                    device const float* powers, device T* y, constant GemmShape& shape)
+    PackedArguments(device const T* x, device const uint* codes, device const S* scales,
+                    device const E* extra, device const float* powers, device T* y, constant GemmShape& shape)
         : x(x), codes(codes), scales(scales), extra(extra), powers(powers), y(y), M(uint(shape.M)),
-          N(uint(shape.N)), K(uint(shape.K)), groups((uint(shape.K) + uint(shape.group) - 1) / uint(shape.group)),
-          group(uint(shape.group)), shift(groups == 1 ? 31 : ctz(uint(shape.group))) {}
+          N(uint(shape.N)), K(uint(shape.K)),
+          groups((uint(shape.K) + uint(shape.group) - 1) / uint(shape.group)), group(uint(shape.group)),
+          shift(groups == 1 ? 31 : ctz(uint(shape.group))) {}
 
     float factor() const { return W::Extra::kFactor ? float(extra[0]) : 1.0f; }
 };
 
 // kRows of W and kTokens of a threadgroup; kDepth of k a stage, at most kAhead stages; simdgroups that multiply: kAlongN by
 // kAlongK of them, or of groups of four where the instruction takes four; kSplit threadgroups along z share K.
-template <uint kRows_, uint kTokens_, uint kDepth_, uint kAhead_, uint kAlongN_, uint kAlongK_, uint kSplit_, bool kFew_,
-          uint kThreads_>
+template <uint kRows_, uint kTokens_, uint kDepth_, uint kAhead_, uint kAlongN_, uint kAlongK_, uint kSplit_,
+          bool kFew_, uint kThreads_>
 struct PackedTile {
     enum : uint {
         kRows = kRows_,
@@ -89,9 +90,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct S
                      thread float (&sums)[2][kTokens]) {
         const uint r = lane / 4, c = lane % 4;
         const ulong block = ulong(strip) * (a.K / 64) + k / 64;
-        device const uint* words = a.codes + block * (128 * kWords) +
-                                   k % 64 / 16 / (4 / kWords) * 128 + lane * 4 +
-                                   k % 64 / 16 % (4 / kWords) * kWords;
+        device const uint* words = a.codes + block * (128 * kWords) + k % 64 / 16 / (4 / kWords) * 128 +
+                                   lane * 4 + k % 64 / 16 % (4 / kWords) * kWords;
         for (uint h = 0; h < 2; ++h) {
             const Numbers v = numbers(a, strip, r + 8 * h, k);
             for (uint far = 0; far < 2; ++far) {
@@ -109,7 +109,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct S
 
     static void run(Arguments a, GemmPlace at, threadgroup Shared&, Epilogue epilogue) {
         if (at.tgid.z != 0) return;
-        const uint end = min((at.tgid.x + 1) * Schedule::kRows, a.N) / 16, last = (at.tgid.y + 1) * Schedule::kTokens;
+        const uint end = min((at.tgid.x + 1) * Schedule::kRows, a.N) / 16,
+                   last = (at.tgid.y + 1) * Schedule::kTokens;
         for (uint strip = at.tgid.x * (Schedule::kRows / 16) + at.sgid; strip < end;
              strip += Schedule::kThreads / 32) {
             for (uint token = at.tgid.y * Schedule::kTokens; token < min(last, a.M); token += kTokens) {

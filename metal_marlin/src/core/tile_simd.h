@@ -52,6 +52,26 @@ template <typename T> struct SimdTileMath {
         }
     }
 
+    // Sums of the first eight of every 16 rows and of those 8 further become one; rows are counted by outputs.
+    template <uint R, uint C, typename Sink>
+    static void each_joined(thread const Sums<R, C>& sums, threadgroup float* scratch, uint lane, Sink sink) {
+        Sums<R / 2, C> joined;
+#pragma unroll
+        for (uint r = 0; r < R / 16; ++r) {
+#pragma unroll
+            for (uint c = 0; c < C / 8; ++c) {
+                simdgroup_matrix<float, 8, 8> first = sums.m[2 * r][c], second = sums.m[2 * r + 1][c];
+#pragma unroll
+                for (uint i = 0; i < 2; ++i) {
+                    first.thread_elements()[i] =
+                        sink.join(first.thread_elements()[i], second.thread_elements()[i]);
+                }
+                joined.m[r][c] = first;
+            }
+        }
+        each(joined, scratch, lane, sink);
+    }
+
     // Through memory, where every lane may look for itself: which lane holds what is nowhere promised.
     template <uint R, uint C, typename Sink>
     static void each(thread const Sums<R, C>& sums, threadgroup float* scratch, uint lane, Sink sink) {

@@ -83,6 +83,8 @@ template <typename Format_, typename Scale_, typename Extra_ = NoExtra> struct Q
     typedef typename Scale_::Stored S;
     typedef typename Extra_::Stored E;
     enum : bool { kZero = Extra_::kZero, kBias = Extra_::kBias, kAffine = kZero || kBias };
+    enum : uint { kMatrices = 1 }; // core/gated.h has two
+    static float join(float sum, float) { return sum; }
     // What a kernel's extra argument points to: where it is never read, the host binds the scales once more.
     typedef conditional_t<(kAffine || Extra_::kFactor), E, S> Bound;
 

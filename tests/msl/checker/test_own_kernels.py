@@ -115,6 +115,7 @@ FILLED = "put(f, tid, sh.w[0], sh.x[0]);"
 NEXT = "if (more) put(f, tid, sh.w[next], sh.x[next]);"
 STAGED = "sh.x[i] = tile + i < a.K ? x[tile + i] : T(0);"
 FACTOR = "sh.parts[0][m] = precise::rsqrt(sum / float(K) + numbers.eps);"
+BOUNDED = "return codes + min(n, N - 1) * ulong"
 RACE, OUTSIDE, UNKNOWN = ("race",), ("out-of-bounds",), ("uninitialised-read",)
 MISTAKES = [
     Wrong("no barrier before the sum", "rms_norm", f"{PARTS}\n    {BARRIER}", PARTS, RACE, rms),
@@ -153,8 +154,8 @@ MISTAKES = [
     Wrong(
         "rows behind W",
         "marlin_gemm_fp4",
-        "min(at.tgid.x * kBN + tid / (kBK / kWeights), a.N - 1)",
-        "at.tgid.x * kBN + tid / (kBK / kWeights)",
+        BOUNDED,
+        BOUNDED.replace("min(n, N - 1)", "n"),
         OUTSIDE,
         gemm("marlin_gemm_fp4"),
     ),
@@ -233,8 +234,8 @@ MISTAKES = [
     Wrong(
         "rows behind W",
         "decode_gemv_fp4",
-        "const ulong n = min(first + r, a.N - 1);",
-        "const ulong n = first + r;",
+        BOUNDED,
+        BOUNDED.replace("min(n, N - 1)", "n"),
         OUTSIDE,
         gemv("decode_gemv_fp4", 256),
     ),

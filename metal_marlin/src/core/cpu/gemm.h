@@ -53,6 +53,7 @@ static inline void wide_transpose(thread WideBits (&q)[16]) {
 template <typename W, typename T, typename Schedule, typename Epilogue> struct PanelGemm {
     typedef typename W::Format Format;
     typedef CodeWords<Format> Memory;
+    typedef MatrixRows<W::kMatrices> Place;
     enum : uint {
         kSimdgroups = 1,
 #if defined(__AVX512F__)
@@ -86,6 +87,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct P
     static void run(GemmArguments<W, T> a, GemmPlace at, threadgroup Shared&, Epilogue epilogue,
                     Input input = Input()) {
         const uint row = at.tgid.x * a.rows, rows = min(a.rows, a.N - row);
+        const uint other = (W::kMatrices - 1) * rows, all = other + rows;
         const uint token = at.tgid.y * a.tokens, tokens = min(a.tokens, a.M - token);
         const WideCodes<Format> codes;
         Block block;
@@ -96,8 +98,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct P
                 const typename Input::Row in = input.row(token + m);
                 for (uint i = 0; i < depth; ++i) block.x[m][i] = in.at(float(x[i]), k + i);
             }
-            for (uint r = 0; r < rows; r += kPanel) {
-                decode(a, codes, row + r, k, depth, block);
+            for (uint r = 0; r < all; r += kPanel) {
+                decode(a, codes, row, r, rows, k, depth, block);
                 uint m = 0;
                 for (; m + kTokens <= tokens; m += kTokens) multiply<kTokens>(block, m, r, depth, k == 0);
                 for (; m + 2 <= tokens; m += 2) multiply<2>(block, m, r, depth, k == 0);
@@ -106,7 +108,10 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct P
         }
         for (uint m = 0; m < tokens; ++m) {
             device T* y = a.y + ulong(token + m) * a.N + row;
-            for (uint r = 0; r < rows; ++r) y[r] = T(epilogue.apply(block.sums[m][r], token + m, row + r));
+            for (uint r = 0; r < rows; ++r) {
+                const float sum = W::join(block.sums[m][r], block.sums[m][other + r]);
+                y[r] = T(epilogue.apply(sum, token + m, row + r));
+            }
         }
     }
 
@@ -119,28 +124,30 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct P
         to.scale = wide_load<Wide>(scale), to.zero = wide_load<Wide>(zero), to.bias = wide_load<Wide>(bias);
     }
 
-    // Weights k0 ... k0 + depth of kPanel rows; behind the last row it is that one again.
+    // Weights k0 ... k0 + depth of kPanel rows from `first` on of the threadgroup's, which begin with `row`; `apart` rows
+    // of one matrix, then those of the other.
     static void decode(thread const GemmArguments<W, T>& a, thread const WideCodes<Format>& codes, uint row,
-                       uint k0, uint depth, thread Block& block) {
+                       uint first, uint apart, uint k0, uint depth, thread Block& block) {
         const uint words = depth / kPerWord, stored = Memory::stored(depth);
         for (uint v = 0; v < kVectors; ++v) {
             typename W::Row rows[16];
             device const uint* from[16];
             for (uint r = 0; r < 16; ++r) {
-                const ulong n = min(row + 16 * v + r, a.N - 1);
-                rows[r] = a.row(n);
-                from[r] = a.codes + n * Memory::stored(a.K) + Memory::stored(k0);
+                const uint local = first + 16 * v + r;
+                const uint matrix = Place::matrix(local, apart), n = row + Place::row(local, apart);
+                rows[r] = a.row_of(matrix, n);
+                from[r] = a.codes_of(matrix, n) + Memory::stored(k0);
             }
             Groups g;
             uint group = ~0u;
             for (uint j0 = 0; j0 < words; j0 += 16) {
-                const uint count = min(16u, words - j0), first = Memory::stored(j0 * kPerWord);
+                const uint count = min(16u, words - j0), begin = Memory::stored(j0 * kPerWord);
                 WideBits q[16];
                 for (uint r = 0; r < 16; ++r) {
                     WideBits rest = 0;
-                    const void* codes_at = from[r] + first;
+                    const void* codes_at = from[r] + begin;
                     if (count < 16) {
-                        __builtin_memcpy(&rest, codes_at, (stored - first) * sizeof(uint));
+                        __builtin_memcpy(&rest, codes_at, (stored - begin) * sizeof(uint));
                         codes_at = &rest;
                     }
                     q[r] = wide_words<Memory::kSize>(codes_at);

@@ -14,6 +14,7 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct WideGe
     typedef typename WideDotOf<typename Q::Format, T, Q::Format::kBits>::type Dot;
     typedef typename Dot::Stored Stored;
     typedef CodeWords<typename Q::Format> Memory;
+    typedef MatrixRows<Q::kMatrices> Place;
     enum : uint {
         kStep = Dot::kStep,
         kPerWord = Q::Format::kPerWord,
@@ -24,8 +25,9 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct WideGe
         kStored = (kBlock / kStep + 1) * Dot::kStored,
         kGroups = kBlock / 16 + 16, // a step reads eight scales, used or not
         kMost = 256,                // rows a pass over K
-        kAhead = 3072,              // bytes that are fetched in advance along a row
-        kNear = 16384               // bytes of kRows rows that are fetched one after another
+        kOutputs = kMost / Q::kMatrices,
+        kAhead = 3072, // bytes that are fetched in advance along a row
+        kNear = 16384  // bytes of kRows rows that are fetched one after another
     };
     struct Shared {
         uint nothing;
@@ -52,17 +54,18 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct WideGe
         const uint begin = at.tgid.x * a.rows, end = min(begin + a.rows, a.N), token = at.tgid.y * kTokens;
         const Dot dot(Middle<Q>::value);
         Pass pass;
-        for (uint row = begin; row < end; row += kMost) {
-            const uint count = min(uint(kMost), end - row);
+        for (uint row = begin; row < end; row += kOutputs) {
+            const uint count = min(uint(kOutputs), end - row), other = (Q::kMatrices - 1) * count;
             for (uint k = 0; k < a.K; k += kBlock) {
                 const Block block = block_at(a, k);
                 if (row == begin || a.K > kBlock) reorder(a, token, block, pass, input);
                 rows(a, dot, row, count, block, pass);
             }
             for (uint m = 0; m < kTokens && token + m < a.M; ++m) {
+                device T* y = a.y + ulong(token + m) * a.N + row;
                 for (uint r = 0; r < count; ++r) {
-                    a.y[ulong(token + m) * a.N + row + r] =
-                        T(epilogue.apply(pass.sums[r][m], token + m, row + r));
+                    const float v = Q::join(pass.sums[r][m], pass.sums[other + r][m]);
+                    y[r] = T(epilogue.apply(v, token + m, row + r));
                 }
             }
         }
@@ -157,7 +160,7 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct WideGe
         }
     }
 
-    // Sums of `count` rows over the block. The last rows are done again where kRows does not divide count, so that
+    // Sums of `count` rows of each matrix, one after the other, over the block. The last rows are done again where kRows does not divide count, so that
     // there is one loop.
     static void rows(thread const GemvArguments<Q, T>& a, thread const Dot& dot, uint row, uint count,
                      thread const Block& b, thread Pass& pass) {
@@ -168,15 +171,17 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct WideGe
         const bool near = together <= kNear && b.size == a.K;
         const uint ahead = min(uint(kAhead), width), next = max(1u, kRows * kAhead / together) * together;
         const uint apart = near ? uint(kStepBytes) : words * 4;
-        for (uint r0 = 0; r0 < count; r0 += kRows) {
+        const uint all = count * Q::kMatrices;
+        for (uint r0 = 0; r0 < all; r0 += kRows) {
             device const uint* codes[kRows];
             WideStep<kRows> step;
             Wide total[kRows][kTokens];
 #pragma unroll
             for (uint r = 0; r < kRows; ++r) {
-                const ulong n = row + min(r0 + r, count - 1);
-                codes[r] = a.codes + n * words + Memory::stored(b.k);
-                convert(a.row(n), b, pass.scales[r], pass.offsets[r]);
+                const uint local = min(r0 + r, all - 1);
+                const uint matrix = Place::matrix(local, count), n = row + Place::row(local, count);
+                codes[r] = a.codes_of(matrix, n) + Memory::stored(b.k);
+                convert(a.row_of(matrix, n), b, pass.scales[r], pass.offsets[r]);
 #pragma unroll
                 for (uint m = 0; m < kTokens; ++m) total[r][m] = 0;
             }

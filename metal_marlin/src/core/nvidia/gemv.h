@@ -16,8 +16,10 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct MmaGem
     typedef CodeWords<Format> Memory;
     typedef MmaPair<T> Pair;
     typedef GemvArguments<Q, T> Arguments;
+    typedef MatrixRows<Q::kMatrices> Place;
     enum : uint {
         kRows = 16,
+        kOutputs = kRows / Q::kMatrices,
         kColumns = 8,
         kMaxSimdgroups = 16,
         kPerWord = Format::kPerWord,
@@ -228,18 +230,25 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct MmaGem
         }
     }
 
+    static float summed(threadgroup const Shared& sh, uint sgs, uint row, uint m) {
+        float y = 0;
+#pragma unroll
+        for (uint s = 0; s < kMaxSimdgroups; ++s) y += s < sgs ? sh.sums[s][row][m] : 0.0f;
+        return y;
+    }
+
     template <typename Input = PlainInput>
     static void run(Arguments a, GemvPlace at, threadgroup Shared& sh, Epilogue epilogue = Epilogue(),
                     Input input = Input()) {
         static_assert(Input::kPlain || kPerWord == 8, "MmaGemv: K is a multiple of 8");
-        const uint first = at.tgid.x * kRows, token = at.tgid.y * kTokens;
-        const uint r = at.lane / 4, c = at.lane % 4, words = Memory::stored(a.K);
+        const uint first = at.tgid.x * kOutputs, token = at.tgid.y * kTokens;
+        const uint r = at.lane / 4, c = at.lane % 4;
         const uint tokens = min(uint(kTokens), a.M - token);
         Lane lane;
         for (uint h = 0; h < 2; ++h) {
-            const ulong row = min(first + r + 8 * h, a.N - 1);
-            lane.codes[h] = a.codes + row * words;
-            lane.rows[h] = a.row(row);
+            const uint matrix = Place::matrix(r + 8 * h, 8), n = first + Place::row(r + 8 * h, 8);
+            lane.codes[h] = a.codes_of(matrix, n);
+            lane.rows[h] = a.row_of(matrix, n);
         }
         lane.reads_x = r < tokens;
         lane.token = token + (lane.reads_x ? r : 0);
@@ -261,14 +270,12 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct MmaGem
         to[8 * kColumns] = total[2] * unit;
         to[8 * kColumns + 1] = total[3] * unit;
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        for (uint i = at.sgid * kSimdWidth + at.lane; i < kRows * tokens; i += at.sgs * kSimdWidth) {
-            const uint row = i % kRows, m = i / kRows;
-            float y = 0;
-#pragma unroll
-            for (uint s = 0; s < kMaxSimdgroups; ++s) y += s < at.sgs ? sh.sums[s][row][m] : 0.0f;
-            if (first + row < a.N) {
+        for (uint i = at.sgid * kSimdWidth + at.lane; i < kOutputs * tokens; i += at.sgs * kSimdWidth) {
+            const uint row = i % kOutputs, m = i / kOutputs;
+            float y = summed(sh, at.sgs, row, m);
+            if (Q::kMatrices == 2) y = Q::join(y, summed(sh, at.sgs, row + 8, m));
+            if (first + row < a.N)
                 a.y[ulong(token + m) * a.N + first + row] = T(epilogue.apply(y, token + m, first + row));
-            }
         }
     }
 };

@@ -99,7 +99,8 @@ template <uint kMiddle> struct MmaNibbles<half, kMiddle> : MmaPlain {
 #pragma unroll
         for (uint i = 0; i < 2; ++i) {
             const uint t = word >> (8 * i);
-            w[2 * i] = MmaPair<half>::minus((t & 0x000f000fu) | 0x64006400u, 0x64006400u | kMiddle * 0x10001u);
+            w[2 * i] =
+                MmaPair<half>::minus((t & 0x000f000fu) | 0x64006400u, 0x64006400u | kMiddle * 0x10001u);
             w[2 * i + 1] = MmaPair<half>::fma((t & 0x00f000f0u) | 0x64006400u, 0x2c002c00u,
                                               0xd400d400u | kMiddle * 0x100010u);
         }

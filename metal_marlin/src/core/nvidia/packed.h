@@ -54,7 +54,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         kYStride = 2 * kRows + 16
     };
     enum : bool {
-        kWhole = !kFew && kAlongK == 1 && kSplit == 1, // a simdgroup's sums are outputs
+        kWhole = !kFew && kAlongK == 1 && kSplit == 1,         // a simdgroup's sums are outputs
         kHandOver = Schedule::kThreads > kWorkers + kSimdWidth // of registers, from simdgroups that copy
     };
     static_assert(kStages >= 2 && kTurns >= 1 && kStrips >= 1, "RingGemm: tile");
@@ -81,13 +81,15 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
 
     // ---- simdgroups that copy
 
-    static void ask_weights(thread const Arguments& a, thread const Place& at, ulong maps, uint slot, uint k) {
+    static void ask_weights(thread const Arguments& a, thread const Place& at, ulong maps, uint slot,
+                            uint k) {
         const uint to = at.stages + slot * kStage + kX, full = at.full + slot * 8, strip = at.first / 16;
         const uint scales = kRows * at.held * sizeof(S);
         PhaseBarrier::expect(full, kX + kCodes + scales * (W::kAffine ? 2 : 1));
         copy_box3(to, maps + 128, 0, k / 64, strip, full);
         copy_box3(to + kCodes, maps + 256, at.first * sizeof(S), k >> a.shift, 0, full);
-        if (W::kAffine) copy_box3(to + kCodes + kScales, maps + 384, at.first * sizeof(S), k >> a.shift, 0, full);
+        if (W::kAffine)
+            copy_box3(to + kCodes + kScales, maps + 384, at.first * sizeof(S), k >> a.shift, 0, full);
     }
     static void ask_x(thread const Place& at, ulong maps, uint slot, uint k) {
         copy_box3(at.stages + slot * kStage, maps, 0, at.token, k / 64, at.full + slot * 8);
@@ -188,7 +190,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
     }
 
     template <uint kRuns>
-    static void few_block(thread const Place& at, uint stage, uint x_at, uint turn, thread Sums (&total)[kStrips]) {
+    static void few_block(thread const Place& at, uint stage, uint x_at, uint turn,
+                          thread Sums (&total)[kStrips]) {
         enum : uint { kRun = 4 / kRuns }; // steps
         const uint block = turn * kAlongK + at.along_k;
         Codes codes[kStrips];
@@ -210,7 +213,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
             }
 #pragma unroll
             for (uint i = 0; i < kRun; ++i) {
-                const uint step = run * kRun + i, from = stage + (x_at ^ step << 5) + turn * (kAlongK * kXBlock);
+                const uint step = run * kRun + i,
+                           from = stage + (x_at ^ step << 5) + turn * (kAlongK * kXBlock);
                 uint x[kTiles][2];
                 if (kTiles == 1) {
                     if (step % 2 == 0) shared_matrices(from, pair);
@@ -229,7 +233,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
                 if (W::kAffine) {
                     const uint one = join(T(1));
 #pragma unroll
-                    for (uint c = 0; c < kTiles; ++c) Pair::mma(ones[c], one, one, one, one, x[c][0], x[c][1]);
+                    for (uint c = 0; c < kTiles; ++c)
+                        Pair::mma(ones[c], one, one, one, one, x[c][0], x[c][1]);
                 }
             }
             const uint j = (block * 64 + run * (64 / kRuns)) >> at.shift;
@@ -256,7 +261,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
     template <uint kRuns> static void few(thread const Place& at, thread Sums (&total)[kStrips]) {
         // rows of 128 bytes, whose 16-byte chunk c lies at c ^ row % 8; a matrix is 8 tokens of 8 k
         const uint matrix = at.lane / 8, row = at.lane % 8;
-        const uint token = kTiles == 1 ? row : matrix / 2 * 8 + row, chunk = kTiles == 1 ? matrix : matrix % 2;
+        const uint token = kTiles == 1 ? row : matrix / 2 * 8 + row,
+                   chunk = kTiles == 1 ? matrix : matrix % 2;
         const uint x_at = token * 128 + ((chunk ^ row) << 4) + at.along_k * kXBlock;
         Turn turn = {0, 0};
         for (uint i = 0; i < at.count; ++i) {
@@ -304,7 +310,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
     }
 
     template <uint kRuns>
-    static void many(thread const Place& at, thread const float (&inverse)[2], thread float (&d)[kTokens / 2]) {
+    static void many(thread const Place& at, thread const float (&inverse)[2],
+                     thread float (&d)[kTokens / 2]) {
         Turn turn = {0, 0};
         uint before = 0, left[2][4][4];
         for (uint i = 0; i < at.count; ++i) {
@@ -336,8 +343,9 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
     static void meet() { __asm__ volatile("bar.sync 1, %0;" : : "n"(kWorkers) : "memory"); }
 
     static void put(thread const Place& at, uint strip, uint tile, thread const float (&d)[4]) {
-        const uint to = at.stages + ((at.along_k * kTokens + tile * 8 + at.lane % 4 * 2) * kSumStride + strip * 16 +
-                                     at.lane / 4) * 4;
+        const uint to =
+            at.stages +
+            ((at.along_k * kTokens + tile * 8 + at.lane % 4 * 2) * kSumStride + strip * 16 + at.lane / 4) * 4;
 #pragma unroll
         for (uint e = 0; e < 4; ++e) shared_store(to + (e % 2 * kSumStride + e / 2 * 8) * 4, d[e]);
     }
@@ -346,8 +354,10 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
 
     // Adds up what was put, a threadgroup of a cluster its share.
     static void add(thread const Arguments& a, thread const Place& at, Epilogue epilogue) {
-        if (kSplit > 1) Parts::barrier();
-        else meet();
+        if (kSplit > 1)
+            Parts::barrier();
+        else
+            meet();
         const uint tid = at.simdgroup * kSimdWidth + at.lane, quads = kRows / 4;
         for (uint i = at.rank * kWorkers + tid; i < kTokens * quads; i += kSplit * kWorkers) {
             const uint row = i / quads, m = at.token + row, n = at.first + i % quads * 4;
@@ -413,9 +423,12 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
                 for (uint e = 0; e < 4; ++e) total[r][c][e] = 0;
             }
         }
-        if (a.shift >= 6) few<1>(at, total);
-        else if (a.shift == 5) few<2>(at, total);
-        else few<4>(at, total);
+        if (a.shift >= 6)
+            few<1>(at, total);
+        else if (a.shift == 5)
+            few<2>(at, total);
+        else
+            few<4>(at, total);
         meet(); // all stages have been read
         const float unit = FewDecode::kUnit * a.factor();
 #pragma unroll
@@ -440,9 +453,12 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
             power[h] = a.powers[min(at.first + at.along_n * 16 + at.lane / 4 + h * 8, a.N - 1)];
             inverse[h] = as_type<float>((254u << 23) - as_type<uint>(power[h]));
         }
-        if (a.shift >= 6) many<1>(at, inverse, d);
-        else if (a.shift == 5) many<2>(at, inverse, d);
-        else many<4>(at, inverse, d);
+        if (a.shift >= 6)
+            many<1>(at, inverse, d);
+        else if (a.shift == 5)
+            many<2>(at, inverse, d);
+        else
+            many<4>(at, inverse, d);
         power[0] *= a.factor(), power[1] *= a.factor();
         meet(); // all stages have been read
         if (kWhole) {

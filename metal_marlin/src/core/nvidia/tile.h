@@ -94,6 +94,20 @@ template <typename T> struct MmaTileMath {
             }
         }
     }
+    template <uint R, uint C, typename Sink>
+    static void each_joined(thread const Sums<R, C>& sums, threadgroup float*, uint lane, Sink sink) {
+        const uint row = lane / 4, column = lane % 4 * 2;
+#pragma unroll
+        for (uint r = 0; r < R / 16; ++r) {
+#pragma unroll
+            for (uint c = 0; c < C / 8; ++c) {
+#pragma unroll
+                for (uint i = 0; i < 2; ++i) {
+                    sink(8 * r + row, 8 * c + column + i, sink.join(sums.v[r][c][i], sums.v[r][c][i + 2]));
+                }
+            }
+        }
+    }
 };
 
 // float: no matrix instruction keeps its precision. A lane has rows lane / 4 + 8 * i and columns lane % 4 + 4 * j.
