@@ -11,7 +11,11 @@ if TYPE_CHECKING:
     from metal_marlin.integrations.replace import replace_linear_layers
     from metal_marlin.nn.linear import QuantLinear
     from metal_marlin.ops.activation import gated_activation
+    from metal_marlin.ops.batched import batched_linear, grouped_scores
+    from metal_marlin.ops.dense import dense_linear, linear_split
+    from metal_marlin.ops.dense_few import linear_few
     from metal_marlin.ops.dequantize import dequantize
+    from metal_marlin.ops.epilogue import epilogue, linear_epilogue
     from metal_marlin.ops.gated_mlp import gated_mlp
     from metal_marlin.ops.gated_up import gated_up
     from metal_marlin.ops.linear import linear
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from metal_marlin.ops.norm import layer_norm, rms_norm, rms_norm_residual
     from metal_marlin.ops.norm_linear import norm_linear
     from metal_marlin.ops.norm_qkv import norm_qkv
+    from metal_marlin.ops.packed import linear_packed
     from metal_marlin.ops.tuning import tune
     from metal_marlin.quant.rtn import quantize
     from metal_marlin.quant.tensor import QuantizedTensor
@@ -41,6 +46,14 @@ _HOMES = {
     "gated_mlp": "metal_marlin.ops.gated_mlp",
     "gated_up": "metal_marlin.ops.gated_up",
     "layer_norm": "metal_marlin.ops.norm",
+    "batched_linear": "metal_marlin.ops.batched",
+    "grouped_scores": "metal_marlin.ops.batched",
+    "dense_linear": "metal_marlin.ops.dense",
+    "linear_split": "metal_marlin.ops.dense",
+    "linear_few": "metal_marlin.ops.dense_few",
+    "linear_epilogue": "metal_marlin.ops.epilogue",
+    "epilogue": "metal_marlin.ops.epilogue",
+    "linear_packed": "metal_marlin.ops.packed",
     "linear": "metal_marlin.ops.linear",
     "linear_decode": "metal_marlin.ops.linear_decode",
     "linear_residual": "metal_marlin.ops.linear_residual",
@@ -59,16 +72,24 @@ __all__ = [
     "QuantLinear",
     "QuantizedTensor",
     "__version__",
+    "batched_linear",
+    "dense_linear",
     "dequantize",
     "dispatch_kernel",
+    "epilogue",
     "gated_activation",
     "gated_mlp",
     "gated_up",
     "get_shader_source",
+    "grouped_scores",
     "layer_norm",
     "linear",
     "linear_decode",
+    "linear_epilogue",
+    "linear_few",
+    "linear_packed",
     "linear_residual",
+    "linear_split",
     "metal_kernel",
     "mps_tensor_to_metal_buffer",
     "norm_linear",

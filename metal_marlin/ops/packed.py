@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from metal_marlin.errors import ArgumentError
-from metal_marlin.formats import codec
+from metal_marlin.formats import codec, operands
 from metal_marlin.ops import product
+from metal_marlin.ops.dequantize import dequantize
 from metal_marlin.ops.linear_decode_cases import Case
 from metal_marlin.ops.packed_tiles import DEPTHS, TILES, fastest
 from metal_marlin.ops.selfcheck import product_check
@@ -81,26 +82,8 @@ def linear_packed_ref(
     extra: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The meaning, in float64: the weights back in canonical order, decoded."""
-    weight = _weight(codes, scales, powers, extra, format, zeros, group_size)
-    return product.product_ref(
-        x, weight.codes, weight.scales, group_size, format=format, zeros=zeros, extra=weight.extra
-    )
-
-
-def _weight(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    powers: torch.Tensor,
-    extra: torch.Tensor | None,
-    format: str,
-    zeros: str,
-    group_size: int,
-) -> Any:
-    from metal_marlin.quant.layouts import MMA16, unpack
-    from metal_marlin.quant.tensor import QuantizedTensor
-
-    shape = (codes.shape[0], codec(format).columns(codes.shape[1]))
-    return unpack(QuantizedTensor(codes, scales, extra, format, group_size, zeros, shape, MMA16, powers))
+    codes, scales, extra = operands.unpack(codec(format), codes, scales, extra, zeros)
+    return product.product_ref(x, codes, scales, group_size, format=format, zeros=zeros, extra=extra)
 
 
 def linear_packed(
@@ -216,9 +199,10 @@ def _run(
     )
 
 
-def _new(x: torch.Tensor, codes: torch.Tensor, *more: Any) -> torch.Tensor:
-    out = x.new_empty((*x.shape[:-1], codes.shape[0]))
-    _run(x, codes, *more, out)
+def _new(*args: Any) -> torch.Tensor:
+    x, codes = args[:2]
+    out: torch.Tensor = x.new_empty((*x.shape[:-1], codes.shape[0]))
+    _run(*args, out)  # type: ignore[call-arg]
     return out
 
 
@@ -228,14 +212,17 @@ def _fake(x: torch.Tensor, codes: torch.Tensor, *more: Any) -> torch.Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, codes, scales, powers, extra, *ctx.said, _ = inputs
-    ctx.save_for_backward(codes, scales, powers, extra)
+    _, codes, scales, _, extra, *ctx.said, _ = inputs
+    ctx.save_for_backward(codes, scales, extra)
 
 
 def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Of x: grad [..., N] · W [N, K]."""
-    weight = _weight(*ctx.saved_tensors, *ctx.said)
-    return (grad @ weight.dequantize(grad.dtype), *(None,) * 8)
+    codes, scales, extra = ctx.saved_tensors
+    format, zeros, group = ctx.said
+    codes, scales, extra = operands.unpack(codec(format), codes, scales, extra, zeros)
+    weight = dequantize(codes, scales.contiguous(), group, format=format, zeros=zeros, extra=extra, dtype=grad.dtype)
+    return (grad @ weight, *(None,) * 8)
 
 
 _torch = torch.library.Library("metal_marlin", "FRAGMENT")
@@ -253,14 +240,22 @@ torch.library.register_fake("metal_marlin::linear_packed_out", lambda *_: None, 
 torch.library.register_autograd("metal_marlin::linear_packed", _gradient, setup_context=_keep)
 
 
-def packed(case: Case, device: str = "cpu") -> tuple[torch.Tensor, Any]:
-    """x and the packed tensor of a case."""
-    from metal_marlin.quant.layouts import MMA16, prepack
-    from metal_marlin.quant.tensor import QuantizedTensor
+@dataclass(frozen=True)
+class Packed:
+    """A case's weights in operand order, as ``linear_packed`` takes them."""
 
+    codes: torch.Tensor
+    scales: torch.Tensor
+    extra: torch.Tensor | None
+    powers: torch.Tensor
+    kernel_zeros: str
+
+
+def packed(case: Case, device: str = "cpu") -> tuple[torch.Tensor, Packed]:
+    """x and W of a case."""
     x, codes, scales, extra = case.tensors(device)
-    tensor = QuantizedTensor(codes, scales, extra, case.format, case.group, case.zeros, (case.N, case.K))
-    return x, prepack(tensor, MMA16)
+    zeros = "point" if case.zeros == "packed" else case.zeros
+    return x, Packed(*operands.pack(codec(case.format), codes, scales, extra, case.zeros), zeros)
 
 
 def _of_case(case: Case, device: str, kernel: str | None) -> Check:

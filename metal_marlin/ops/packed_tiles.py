@@ -6,21 +6,21 @@ from metal_marlin.ops.gemm_tiles import Tile
 
 __all__ = ["DEPTHS", "TILES", "fastest"]
 
-# Rows, tokens, threads; start and step as in gemm_tiles; parts. Of each, k of a stage.
+# Of each tile, k of a stage. Times: FP4 and half on an H200, as bench/results has them.
 _TILES = (
-    (Tile(32, 8, 288, 3.0, 0.044), 512),
-    (Tile(64, 8, 288, 3.3, 0.080), 512),
-    (Tile(32, 16, 288, 3.3, 0.050), 512),
-    (Tile(64, 16, 288, 3.5, 0.085), 256),
-    (Tile(32, 32, 160, 3.5, 0.060), 256),
-    (Tile(32, 32, 160, 4.0, 0.050, parts=2), 256),
-    (Tile(64, 32, 160, 3.5, 0.090, wgmma=True), 128),
-    (Tile(64, 64, 160, 3.5, 0.110, wgmma=True), 128),
-    (Tile(64, 64, 288, 4.0, 0.070, parts=2, wgmma=True), 256),
-    (Tile(64, 128, 288, 4.0, 0.110, parts=2, wgmma=True), 256),
-    (Tile(128, 128, 288, 4.0, 0.170, wgmma=True), 128),
-    (Tile(64, 256, 160, 4.0, 0.300, wgmma=True), 128),
-    (Tile(128, 256, 384, 5.0, 0.600, wgmma=True), 128),
+    (Tile(32, 8, 288, 3.7, 0.039), 512),
+    (Tile(64, 8, 288, 4.0, 0.090), 512),
+    (Tile(32, 16, 288, 1.5, 0.0735), 512),
+    (Tile(64, 16, 288, 0.0, 0.128), 256),
+    (Tile(32, 32, 160, 1.2, 0.098), 256),
+    (Tile(32, 32, 160, 1.5, 0.080, parts=2), 256),
+    (Tile(64, 32, 160, 15.0, 0.0565, wgmma=True), 128),
+    (Tile(64, 64, 160, 11.5, 0.159, held=2, wgmma=True), 128),
+    (Tile(64, 64, 288, 2.0, 0.137, parts=2, wgmma=True), 256),
+    (Tile(64, 128, 288, 4.9, 0.133, parts=2, wgmma=True), 256),
+    (Tile(128, 128, 288, 0.0, 0.490, held=2, wgmma=True), 128),
+    (Tile(64, 256, 160, 4.0, 0.520, wgmma=True), 128),
+    (Tile(128, 256, 384, 1.0, 0.742, wgmma=True), 128),
 )
 TILES = {str(tile): tile for tile, _ in _TILES}
 DEPTHS = {str(tile): depth for tile, depth in _TILES}  # k of a stage

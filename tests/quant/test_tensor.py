@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,16 @@ import pytest
 import torch
 
 from metal_marlin.errors import ArgumentError
+from metal_marlin.formats import CODECS
 from metal_marlin.nn.linear import QuantLinear
 from metal_marlin.quant import QuantizedTensor, cat, prepack, quantize, unpack
 from metal_marlin.quant.layouts import LAYOUTS
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 FORMATS = ["fp4", "mxfp4", "nvfp4", "int4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2", "int2", "int3", "nf3"]
+
+
+PACKED = [f for f in FORMATS if CODECS[f].bits in (4, 8)]  # that have a layout
 
 
 def random(N: int, K: int, seed: int = 0) -> torch.Tensor:
@@ -174,36 +179,57 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("N", "K"), [(16, 64), (1, 8), (33, 200), (47, 1000), (64, 256), (15, 640), (32, 56)])
-def test_layouts_are_bijections(layout: str, N: int, K: int) -> None:
-    q = quantize(torch.zeros(N, K))
-    words = torch.randint(-(2**31), 2**31, q.codes.shape, generator=torch.Generator().manual_seed(N)).int()
-    q = QuantizedTensor(words, q.scales, None, "fp4", q.group_size, "none", (N, K))
+@pytest.mark.parametrize(("N", "K"), [(16, 64), (48, 192), (32, 1088)])
+@pytest.mark.parametrize(("format", "zeros"), [(f, z) for f in PACKED for z in CODECS[f].zero_kinds])
+def test_layouts_are_bijections(layout: str, N: int, K: int, format: str, zeros: str) -> None:
+    q = quantize(torch.randn(N, K, generator=torch.Generator().manual_seed(N)), format, zeros=zeros)
     packed = prepack(q, layout)
-    assert packed.codes.shape == words.shape
-    assert sorted(packed.codes.flatten().tolist()) == sorted(words.flatten().tolist())
+    assert packed.codes.shape == q.codes.shape
+    assert packed.scales.shape == q.scales.shape
     assert unpack(packed).equal(q)
     assert prepack(packed, layout) is packed
+    if N > 16:
+        assert unpack(packed[16:]).equal(q[16:])
     for use in (packed.tensors, packed.dequantize, lambda: packed[:1], lambda: cat([packed])):
         with pytest.raises(ArgumentError, match="unpack"):
             use()
 
 
-def test_mma16_is_fragment_order() -> None:
-    """Lane L's 16 bytes: words L%4 and L%4 + 4 of rows L/4 and L/4 + 8; what fills no tile follows by row."""
-    N, W = 37, 19
-    canonical = torch.arange(N * W, dtype=torch.int32).view(N, W)
-    q = QuantizedTensor(canonical, torch.zeros(N, 3).half(), None, "fp4", 64, "none", (N, 8 * W))
-    packed = prepack(q, "mma16").codes.flatten().tolist()
-    expected = []
-    for band in range(2):
-        for tile in range(2):
-            for lane in range(32):
-                for word in (lane % 4, lane % 4 + 4):
-                    for row in (lane // 4, lane // 4 + 8):
-                        expected.append((16 * band + row) * W + 8 * tile + word)
-        expected += [(16 * band + row) * W + word for row in range(16) for word in range(16, W)]
-    expected += range(32 * W, N * W)
-    assert packed == expected
+@pytest.mark.parametrize(("format", "N", "K"), [("fp4", 8, 64), ("fp4", 16, 72), ("int3", 16, 64)])
+def test_layouts_do_not_fit_everything(format: str, N: int, K: int) -> None:
+    with pytest.raises(ArgumentError, match=rf"{format} \({N}, {K}\)"):
+        prepack(quantize(torch.randn(N, K), format, 16), "mma16")
+
+
+@pytest.mark.parametrize("format", PACKED)
+def test_mma16_is_operand_order(format: str) -> None:
+    """Lane 4r + c of a block of 64 k has, of each step, rows r and r + 8 and k 2c, 2c + 1, 2c + 8, 2c + 9."""
+    form, (N, K) = CODECS[format], (32, 128)
+    q = quantize(torch.randn(N, K, generator=torch.Generator().manual_seed(0)), format)
+    canonical, words = form.unpack(q.codes), prepack(q, "mma16").codes.flatten().tolist()
+    for n, k in itertools.product(range(N), range(K)):
+        block, lane, step = n // 16 * (K // 64) + k // 64, n % 8 * 4 + k % 8 // 2, k % 64 // 16
+        pair, e = n % 16 // 8 + k % 16 // 8 * 2, k % 2
+        if form.bits == 4:
+            code = words[(block * 32 + lane) * 4 + step] >> (4 * (pair + 4 * e)) & 15
+        else:
+            word = words[((block * 2 + step // 2) * 32 + lane) * 4 + step % 2 * 2 + pair // 2]
+            code = word >> (8 * (pair % 2 + 2 * e)) & 255
+        assert code == canonical[n, k], (n, k)
+
+
+def test_powers_bound_scales() -> None:
+    q = quantize(torch.randn(32, 128, generator=torch.Generator().manual_seed(0)) * 1e-6, "fp4", 64)
+    q.scales[3] = 0
+    q.scales[4] = 60000
+    powers = prepack(q, "mma16").powers
+    assert powers is not None
+    most = q.scales.float().amax(1)
+    assert (powers.log2() == powers.log2().round()).all()
+    assert ((most <= powers) & (powers <= 2 * most) | (most == 0)).all()
+
+
+def test_unknown_layout() -> None:
+    q = quantize(torch.zeros(16, 64))
     with pytest.raises(ArgumentError, match="'tiles'; there are canonical, mma16"):
         prepack(q, "tiles")

@@ -130,11 +130,4 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct S
     }
 };
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #include "core/nvidia/packed.h"
-template <typename W, typename T, typename Schedule, typename Epilogue>
-using PackedGemm = RingGemm<W, T, Schedule, Epilogue>;
-#else
-template <typename W, typename T, typename Schedule, typename Epilogue>
-using PackedGemm = SimdPacked<W, T, Schedule, Epilogue>;
-#endif

@@ -1,5 +1,5 @@
 #pragma once
-#ifdef __METAL_MARLIN_CUDA__
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #include "core/nvidia/async_copy.h"
 #include "core/nvidia/barrier.h"
 #include "core/nvidia/cluster.h"
@@ -517,4 +517,9 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         finish(conditional_t<kFew, FewTokens, ManyTokens>(), a, at, epilogue);
     }
 };
+template <typename W, typename T, typename Schedule, typename Epilogue>
+using PackedGemm = RingGemm<W, T, Schedule, Epilogue>;
+#else
+template <typename W, typename T, typename Schedule, typename Epilogue>
+using PackedGemm = SimdPacked<W, T, Schedule, Epilogue>;
 #endif
