@@ -11,7 +11,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Iterator
-from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int, c_uint, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +35,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuCtxPushCurrent_v2": (c_void_p,),
     "cuCtxPopCurrent_v2": (_OUT,),
     "cuThreadExchangeStreamCaptureMode": (POINTER(c_int),),
-    "cuLinkCreate_v2": (c_uint, POINTER(c_int), _OUT, _OUT),
-    "cuLinkAddData_v2": (c_void_p, c_int, c_char_p, c_size_t, c_char_p, c_uint, POINTER(c_int), _OUT),
-    "cuLinkComplete": (c_void_p, _OUT, POINTER(c_size_t)),
-    "cuLinkDestroy": (c_void_p,),
-    "cuModuleLoadData": (_OUT, c_char_p),
+    "cuModuleLoadDataEx": (_OUT, c_char_p, c_uint, POINTER(c_int), _OUT),
     "cuModuleGetFunction": (_OUT, c_void_p, c_char_p),
     "cuFuncGetAttribute": (POINTER(c_int), c_int, c_void_p),
     "cuFuncSetAttribute": (c_void_p, c_int, c_int),
@@ -49,7 +45,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 _MAJOR, _MINOR, _SHARED_OPTIN, _SHARED_DEFAULT = 75, 76, 97, 8
 _JIT_THREADS, _JIT_ERROR_LOG, _JIT_ERROR_LOG_BYTES = 1, 5, 6
-_INPUT_PTX, _CAPTURE_RELAXED, _LOG_BYTES = 1, 2, 16384
+_CAPTURE_RELAXED, _LOG_BYTES = 2, 16384
 NOT_INITIALIZED, NO_DEVICE = 3, 100
 INVALID_CONTEXT, INVALID_HANDLE = 201, 400
 
@@ -202,34 +198,25 @@ class Driver:
         finally:
             self.status("cuThreadExchangeStreamCaptureMode", byref(mode))
 
-    def assemble(self, entry: _ptx.Entry, device: Device, threads: int) -> bytes:
-        """Assemble PTX to machine code for ``device``, which is current.
+    def assemble(self, entry: _ptx.Entry, device: Device, threads: int) -> c_void_p:
+        """Assemble PTX for ``device``, which is current, and return the loaded module.
 
-        ``threads``: block size that must fit, 0 for none. Raises DriverError with the assembler's log.
+        ``threads``: block size that must fit, 0 for none. Raises DriverError with the assembler's log. The driver keeps
+        machine code on disk itself. Its linker (cuLink*), which would hand the code over, is no way to get it: it caps
+        registers at 168 whatever the block size, and then wgmma instructions wait for each other.
         """
         doing = f"assembling {entry.symbol!r} ({entry.arch}) for {device.name}"
         log = ctypes.create_string_buffer(_LOG_BYTES)
         options = {_JIT_ERROR_LOG: ctypes.addressof(log), _JIT_ERROR_LOG_BYTES: _LOG_BYTES}
         if threads:
             options[_JIT_THREADS] = threads
-        # The driver writes results back into both arrays until the link state is destroyed.
-        keys = (c_int * len(options))(*options)
-        values = (c_void_p * len(options))(*options.values())
-        state, cubin, size = c_void_p(), c_void_p(), c_size_t()
-        self.call("cuLinkCreate_v2", len(options), keys, values, byref(state), doing=doing)
-        try:
-            text, name = entry.text + b"\0", entry.symbol.encode()
-            for step, args in (
-                ("cuLinkAddData_v2", (state, _INPUT_PTX, text, len(text), name, 0, None, None)),
-                ("cuLinkComplete", (state, byref(cubin), byref(size))),
-            ):
-                status = self.status(step, *args)
-                if status:
-                    said = log.value.decode(errors="replace").strip() or "(the assembler left no log)"
-                    raise DriverError(f"{doing}: {step} failed with {self.describe(status)}\n{said}")
-            return ctypes.string_at(cubin, size.value)
-        finally:
-            self.status("cuLinkDestroy", state)
+        keys, values = (c_int * len(options))(*options), (c_void_p * len(options))(*options.values())
+        module = c_void_p()
+        status = self.status("cuModuleLoadDataEx", byref(module), entry.text + b"\0", len(options), keys, values)
+        if status:
+            said = log.value.decode(errors="replace").strip() or "(the assembler left no log)"
+            raise DriverError(f"{doing}: cuModuleLoadDataEx failed with {self.describe(status)}\n{said}")
+        return module
 
 
 def too_old(have: tuple[int, int], need: tuple[int, int]) -> str:

@@ -7,7 +7,6 @@ may be captured in a CUDA graph. Any number of threads may launch one `Executabl
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import struct
 import threading
 from collections.abc import Sequence
@@ -19,7 +18,6 @@ import torch
 from metal_marlin.errors import ArgumentError, DriverError, MetalMarlinError, NoDeviceError
 from metal_marlin.msl.target import Target
 from metal_marlin.runtime import _driver, _ptx
-from metal_marlin.runtime.cache import RowCache
 
 if TYPE_CHECKING:
     from metal_marlin.msl.row import CompiledRow, ParamMeta
@@ -35,7 +33,6 @@ _SET_DYNAMIC_SHARED = 8
 # Faults of an earlier kernel, which the driver reports at whatever call comes next.
 _STICKY = {700, 702, 709, 710, 714, 715, 716, 717, 718, 719}
 _PLANS_KEPT = 1024
-_CUBIN_TAG = "driver"
 
 # CUlaunchConfig: grid, block, shared bytes, padding, stream, attributes (none), their number, padding.
 _CONFIG = struct.Struct("<7I4xQQI4x")
@@ -85,10 +82,10 @@ def target(index: int) -> Target:
     return Target.parse(f"cuda:sm_{major}{minor}")
 
 
-def load(row: CompiledRow, index: int, cache: RowCache | None = None) -> Executable:
+def load(row: CompiledRow, index: int) -> Executable:
     """Load a compiled row on GPU ``index``.
 
-    The machine code is kept in ``cache`` (the user's by default): only the first load assembles the PTX.
+    The driver keeps the machine code (its compute cache): only the first load on a machine assembles the PTX.
     Raises DriverError when the driver is too old for the PTX or rejects it, or the row is for another GPU.
     """
     driver = _driver.driver()
@@ -103,7 +100,7 @@ def load(row: CompiledRow, index: int, cache: RowCache | None = None) -> Executa
             f"kernel {row.name!r} is compiled for {entry.arch}; cuda:{index} ({device.name}) has compute "
             f"capability {major}.{minor}"
         )
-    return Executable(row, entry, device, driver, RowCache() if cache is None else cache)
+    return Executable(row, entry, device, driver)
 
 
 class _Slot:
@@ -144,12 +141,11 @@ class Executable:
         entry: _ptx.Entry,
         device: _driver.Device,
         driver: _driver.Driver,
-        cache: RowCache,
     ) -> None:
         self.name = row.name
         self.symbol = entry.symbol
         self._meta = row.meta
-        self._entry, self._device, self._driver, self._cache = entry, device, driver, cache
+        self._entry, self._device, self._driver = entry, device, driver
         self._index = device.index
         self._lock = threading.Lock()
         self._plans: dict[tuple[Any, ...], _Plan] = {}
@@ -288,17 +284,10 @@ class Executable:
         return self._variants[threads]
 
     def _load_module(self, threads: int) -> c_void_p:
-        entry, driver, device = self._entry, self._driver, self._device
-        facts = f"{device.capability} {driver.version} {threads}".encode()
-        key = "cubin-" + hashlib.sha256(hashlib.sha256(entry.text).digest() + facts).hexdigest()
-        module, function = c_void_p(), c_void_p()
-        found = self._cache.get(key, _CUBIN_TAG)
-        if found is None or driver.status("cuModuleLoadData", byref(module), found[1]):
-            cubin = driver.assemble(entry, device, threads)
-            driver.call("cuModuleLoadData", byref(module), cubin, doing=f"loading {self.name!r}")
-            self._cache.put(key, _CUBIN_TAG, {"kernel": self.name, "arch": entry.arch}, cubin)
+        entry, function = self._entry, c_void_p()
+        module = self._driver.assemble(entry, self._device, threads)
         doing = f"looking up {self.symbol!r}"
-        driver.call("cuModuleGetFunction", byref(function), module, entry.symbol.encode(), doing=doing)
+        self._driver.call("cuModuleGetFunction", byref(function), module, entry.symbol.encode(), doing=doing)
         return function
 
     def _attribute(self, function: c_void_p, number: int) -> int:

@@ -100,29 +100,14 @@ class FakeCuda:
     def _cuCtxPopCurrent(self, out: Any) -> None:  # noqa: N802
         self.contexts.pop()
 
-    def _cuLinkCreate(self, count: int, keys: Any, values: Any, out: Any) -> None:  # noqa: N802
-        self._options = {keys[i]: values[i] for i in range(count)}
-        out[0] = 77
-
-    def _cuLinkAddData(self, state: int, kind: int, text: bytes, *_: Any) -> int:  # noqa: N802
+    def _cuModuleLoadDataEx(self, out: Any, text: bytes, count: int, keys: Any, values: Any) -> int:  # noqa: N802
+        options = {keys[i]: values[i] for i in range(count)}
         if b"broken" in text:
-            ctypes.memmove(self._options[5], b"ptxas: line 3: unknown symbol\0", 30)
+            ctypes.memmove(options[5], b"ptxas: line 3: unknown symbol\0", 30)
             return 218
-        self.assembled.append((text, self._options))
-        return 0
-
-    def _cuLinkComplete(self, state: int, out: Any, size: Any) -> None:  # noqa: N802
-        text, options = self.assembled[-1]
-        symbol = text.split(b".entry ")[1].split(b"(")[0]
-        self._cubin = ctypes.create_string_buffer(b"CUBIN %s %d" % (symbol, options.get(1, 0)))
-        out[0], size[0] = ctypes.addressof(self._cubin), len(self._cubin)
-
-    def _cuModuleLoadData(self, out: Any, cubin: bytes) -> int:  # noqa: N802
-        if not cubin.startswith(b"CUBIN "):
-            return 200
-        _, symbol, threads = cubin.split()
-        self._symbols.append(symbol.decode())
-        self._threads.append(max(int(threads), self.max_threads))
+        self.assembled.append((text, options))
+        self._symbols.append(text.split(b".entry ")[1].split(b"(")[0].decode())
+        self._threads.append(max(options.get(1, 0), self.max_threads))
         out[0] = 500 + len(self._symbols)
         return 0
 

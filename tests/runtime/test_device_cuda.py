@@ -92,13 +92,6 @@ def saxpy_row(**meta: object) -> CompiledRow:
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> RowCache:
-    folder = tmp_path / "cache"
-    folder.mkdir(mode=0o700)
-    return RowCache(folder)
-
-
-@pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """The driver replaced; torch's current device is 0 and its stream on device n is 90 + n."""
     cuda = FakeCuda(sizes=SAXPY_SIZES)
@@ -176,8 +169,8 @@ def test_isa_and_architecture_rules() -> None:
 # --- launches through the fake driver
 
 
-def test_launch_hands_over_shape_stream_and_arguments(fake: FakeCuda, cache: RowCache) -> None:
-    executable = device_cuda.load(saxpy_row(threadgroup_bytes=20), 0, cache)
+def test_launch_hands_over_shape_stream_and_arguments(fake: FakeCuda) -> None:
+    executable = device_cuda.load(saxpy_row(threadgroup_bytes=20), 0)
     launch(executable, (3, 2, 1), (64, 2, 1))
     (seen,) = fake.launches
     assert (seen.symbol, seen.grid, seen.block, seen.stream) == ("saxpy", (3, 2, 1), (64, 2, 1), 90)
@@ -193,40 +186,40 @@ def test_launch_hands_over_shape_stream_and_arguments(fake: FakeCuda, cache: Row
     assert seen.context == 1000
     launch(executable, (3, 2, 1), (64, 2, 1), values=[1, b"\1", bytes(16), 2])
     assert fake.launches[1].params[0] == struct.pack("<Q", 1)
-    assert fake.calls.count("cuModuleLoadData") == 1
+    assert fake.calls.count("cuModuleLoadDataEx") == 1
 
 
-def test_tails_pass_the_total(fake: FakeCuda, cache: RowCache) -> None:
+def test_tails_pass_the_total(fake: FakeCuda) -> None:
     text = SAXPY.replace(b"_param_4\n", b"_param_4, .param .u32 b, .param .u32 c, .param .u32 d\n")
     fake.sizes = [*SAXPY_SIZES, 4, 4, 4]
     tailed = CompiledRow(saxpy_row(tails=True).meta, text)
-    launch(device_cuda.load(tailed, 0, cache), (2, 1, 1), (32, 1, 1), threads=(40, 1, 1))
+    launch(device_cuda.load(tailed, 0), (2, 1, 1), (32, 1, 1), threads=(40, 1, 1))
     assert [int.from_bytes(p, "little") for p in fake.launches[0].params[5:]] == [40, 1, 1]
     with pytest.raises(ArgumentError, match="without tails"):
-        launch(device_cuda.load(saxpy_row(), 0, cache), (2, 1, 1), (32, 1, 1), threads=(40, 1, 1))
+        launch(device_cuda.load(saxpy_row(), 0), (2, 1, 1), (32, 1, 1), threads=(40, 1, 1))
 
 
-def test_a_value_by_pointer_travels_as_an_address(fake: FakeCuda, cache: RowCache) -> None:
+def test_a_value_by_pointer_travels_as_an_address(fake: FakeCuda) -> None:
     text = SAXPY.replace(b".align 16 .b8 mm_entry_param_2[16]", b".u64 mm_entry_param_2")
     fake.sizes = [8, 1, 8, 8, 4]
     by_pointer = CompiledRow(saxpy_row(by_pointer=("a",)).meta, text)
-    launch(device_cuda.load(by_pointer, 0, cache), values=[1, b"\0", 0x3000, 2])
+    launch(device_cuda.load(by_pointer, 0), values=[1, b"\0", 0x3000, 2])
     assert fake.launches[0].params[2] == struct.pack("<Q", 0x3000)
 
 
-def test_a_kernel_without_parameters(fake: FakeCuda, cache: RowCache) -> None:
+def test_a_kernel_without_parameters(fake: FakeCuda) -> None:
     fake.sizes = []
-    device_cuda.load(row(EMPTY, "nop"), 0, cache).launch([], ONES, ONES, ONES, [])
+    device_cuda.load(row(EMPTY, "nop"), 0).launch([], ONES, ONES, ONES, [])
     assert fake.launches[0].symbol == "nop"
 
 
-def test_nothing_to_run_launches_nothing(fake: FakeCuda, cache: RowCache) -> None:
-    launch(device_cuda.load(saxpy_row(), 0, cache), (0, 1, 1), (32, 1, 1))
+def test_nothing_to_run_launches_nothing(fake: FakeCuda) -> None:
+    launch(device_cuda.load(saxpy_row(), 0), (0, 1, 1), (32, 1, 1))
     assert fake.launches == []
 
 
-def test_other_device_and_fresh_threads_get_the_right_context(fake: FakeCuda, cache: RowCache) -> None:
-    first, second = (device_cuda.load(saxpy_row(), index, cache) for index in (0, 1))
+def test_other_device_and_fresh_threads_get_the_right_context(fake: FakeCuda) -> None:
+    first, second = (device_cuda.load(saxpy_row(), index) for index in (0, 1))
     launch(first)
     launch(second)
     assert [(seen.context, seen.stream) for seen in fake.launches] == [(1000, 90), (1001, 91)]
@@ -238,8 +231,8 @@ def test_other_device_and_fresh_threads_get_the_right_context(fake: FakeCuda, ca
     assert fake.calls.count("cuCtxSetCurrent") == bound + 1
 
 
-def test_threads_share_an_executable(fake: FakeCuda, cache: RowCache) -> None:
-    executable = device_cuda.load(saxpy_row(), 0, cache)
+def test_threads_share_an_executable(fake: FakeCuda) -> None:
+    executable = device_cuda.load(saxpy_row(), 0)
 
     def work(start: int) -> None:
         for i in range(50):
@@ -258,42 +251,17 @@ def test_threads_share_an_executable(fake: FakeCuda, cache: RowCache) -> None:
 # --- loading
 
 
-def test_machine_code_is_kept(fake: FakeCuda, cache: RowCache) -> None:
-    device_cuda.load(saxpy_row(), 0, cache)
-    device_cuda.load(saxpy_row(), 1, cache)
-    assert len(fake.assembled) == 1
-    device_cuda.load(CompiledRow(saxpy_row().meta, SAXPY.replace(b"fma.rn", b"fma.rz")), 0, cache)
-    assert len(fake.assembled) == 2
-
-
-def test_a_new_driver_assembles_again(fake: FakeCuda, cache: RowCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    device_cuda.load(saxpy_row(), 0, cache)
-    newer = FakeCuda(driver_version=13010)
-    install(monkeypatch, newer)
-    device_cuda.load(saxpy_row(), 0, cache)
-    assert len(newer.assembled) == 1
-
-
-def test_machine_code_the_driver_refuses_is_rebuilt(
-    fake: FakeCuda, cache: RowCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cache, "get", lambda key, tag: ({}, b"not a cubin"))
-    launch(device_cuda.load(saxpy_row(), 0, cache))
-    assert len(fake.assembled) == 1
-    assert len(fake.launches) == 1
-
-
-def test_large_blocks_are_assembled_for(fake: FakeCuda, cache: RowCache) -> None:
+def test_large_blocks_are_assembled_for(fake: FakeCuda) -> None:
     fake.max_threads = 256
-    executable = device_cuda.load(saxpy_row(), 0, cache)
+    executable = device_cuda.load(saxpy_row(), 0)
     launch(executable, tptg=(256, 1, 1))
     launch(executable, tptg=(300, 1, 1))
     launch(executable, tptg=(300, 1, 1))
     assert [options.get(1) for _, options in fake.assembled] == [None, 384]
 
 
-def test_shared_memory_beyond_the_default_is_asked_for(fake: FakeCuda, cache: RowCache) -> None:
-    executable = device_cuda.load(saxpy_row(), 0, cache)
+def test_shared_memory_beyond_the_default_is_asked_for(fake: FakeCuda) -> None:
+    executable = device_cuda.load(saxpy_row(), 0)
     launch(executable, dynamic=[49152])
     assert fake.shared_limits == {}
     launch(executable, dynamic=[100_000])
@@ -303,11 +271,11 @@ def test_shared_memory_beyond_the_default_is_asked_for(fake: FakeCuda, cache: Ro
         launch(executable, dynamic=[232464])
 
 
-def test_capture_is_tolerated_while_loading(fake: FakeCuda, cache: RowCache) -> None:
-    device_cuda.load(saxpy_row(), 0, cache)
+def test_capture_is_tolerated_while_loading(fake: FakeCuda) -> None:
+    device_cuda.load(saxpy_row(), 0)
     exchanged = [i for i, name in enumerate(fake.calls) if name == "cuThreadExchangeStreamCaptureMode"]
     assert len(exchanged) == 2
-    assert exchanged[0] < fake.calls.index("cuModuleLoadData") < exchanged[1]
+    assert exchanged[0] < fake.calls.index("cuModuleLoadDataEx") < exchanged[1]
 
 
 # --- errors
@@ -326,16 +294,14 @@ def test_capture_is_tolerated_while_loading(fake: FakeCuda, cache: RowCache) -> 
         (ONES, (64, 32, 1), r"2048 threads per threadgroup \(64, 32, 1\); the GPU allows 1024"),
     ],
 )
-def test_limits_are_named(
-    fake: FakeCuda, cache: RowCache, grid: device_cuda.Dim3, tptg: device_cuda.Dim3, message: str
-) -> None:
+def test_limits_are_named(fake: FakeCuda, grid: device_cuda.Dim3, tptg: device_cuda.Dim3, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        launch(device_cuda.load(saxpy_row(), 0, cache), grid, tptg)
+        launch(device_cuda.load(saxpy_row(), 0), grid, tptg)
 
 
-def test_a_declared_limit_is_named(fake: FakeCuda, cache: RowCache) -> None:
+def test_a_declared_limit_is_named(fake: FakeCuda) -> None:
     with pytest.raises(ArgumentError, match="the kernel declares 64 at most"):
-        launch(device_cuda.load(saxpy_row(max_threads=64), 0, cache), tptg=(65, 1, 1))
+        launch(device_cuda.load(saxpy_row(max_threads=64), 0), tptg=(65, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -347,14 +313,14 @@ def test_a_declared_limit_is_named(fake: FakeCuda, cache: RowCache) -> None:
     ],
 )
 def test_arguments_that_do_not_match(
-    fake: FakeCuda, cache: RowCache, values: list[int | bytes], dynamic: list[int], message: str
+    fake: FakeCuda, values: list[int | bytes], dynamic: list[int], message: str
 ) -> None:
     with pytest.raises(ArgumentError, match=message):
-        launch(device_cuda.load(saxpy_row(), 0, cache), values=values, dynamic=dynamic)
+        launch(device_cuda.load(saxpy_row(), 0), values=values, dynamic=dynamic)
 
 
-def test_launch_errors_say_what_was_launched(fake: FakeCuda, cache: RowCache) -> None:
-    executable = device_cuda.load(saxpy_row(), 0, cache)
+def test_launch_errors_say_what_was_launched(fake: FakeCuda) -> None:
+    executable = device_cuda.load(saxpy_row(), 0)
     fake.fail["cuLaunchKernelEx"] = 700
     with pytest.raises(DriverError) as caught:
         launch(executable, (7, 1, 1), (32, 1, 1))
@@ -370,30 +336,30 @@ def test_launch_errors_say_what_was_launched(fake: FakeCuda, cache: RowCache) ->
     assert "CUDA_LAUNCH_BLOCKING" in text
 
 
-def test_assembler_errors_carry_the_log(fake: FakeCuda, cache: RowCache) -> None:
+def test_assembler_errors_carry_the_log(fake: FakeCuda) -> None:
     with pytest.raises(DriverError, match=r"(?s)CUDA_ERROR_INVALID_PTX.*line 3: unknown symbol"):
-        device_cuda.load(CompiledRow(saxpy_row().meta, SAXPY + b"broken"), 0, cache)
+        device_cuda.load(CompiledRow(saxpy_row().meta, SAXPY + b"broken"), 0)
 
 
-def test_old_drivers_are_named(monkeypatch: pytest.MonkeyPatch, cache: RowCache) -> None:
+def test_old_drivers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DriverError, match=r"supports CUDA 11\.8, but the kernels need 12\.0 or newer"):
         _driver.Driver(FakeCuda(driver_version=11080))
     install(monkeypatch, FakeCuda(driver_version=12020))
     newer = CompiledRow(saxpy_row().meta, SAXPY.replace(b".version 8.0", b".version 8.8"))
     with pytest.raises(DriverError, match=r"kernel 'saxpy': .*supports CUDA 12\.2, but the kernels need 12\.9"):
-        device_cuda.load(newer, 0, cache)
+        device_cuda.load(newer, 0)
 
 
-def test_rows_for_another_gpu_are_refused(fake: FakeCuda, cache: RowCache) -> None:
+def test_rows_for_another_gpu_are_refused(fake: FakeCuda) -> None:
     fake.capability = (8, 6)
     hopper = CompiledRow(saxpy_row().meta, SAXPY.replace(b"sm_80", b"sm_90a"))
     with pytest.raises(DriverError, match=r"compiled for sm_90a; cuda:0 .* capability 8\.6"):
-        device_cuda.load(hopper, 0, cache)
+        device_cuda.load(hopper, 0)
 
 
-def test_inconsistent_rows_are_refused(fake: FakeCuda, cache: RowCache) -> None:
+def test_inconsistent_rows_are_refused(fake: FakeCuda) -> None:
     with pytest.raises(DriverError, match=r"has parameters of \[\] bytes, the description says \[8, 1, 16, 8, 4\]"):
-        device_cuda.load(CompiledRow(saxpy_row().meta, EMPTY), 0, cache)
+        device_cuda.load(CompiledRow(saxpy_row().meta, EMPTY), 0)
 
 
 @pytest.mark.parametrize(
@@ -440,8 +406,8 @@ def test_probe_answers_and_never_starts_cuda(fake: FakeCuda, monkeypatch: pytest
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is a POSIX call")
 @pytest.mark.parametrize("started", [False, True])
-def test_a_forked_child_gets_an_error_only_after_cuda_started(fake: FakeCuda, cache: RowCache, started: bool) -> None:
-    executable = device_cuda.load(saxpy_row(), 0, cache) if started else None
+def test_a_forked_child_gets_an_error_only_after_cuda_started(fake: FakeCuda, started: bool) -> None:
+    executable = device_cuda.load(saxpy_row(), 0) if started else None
     receive, send = multiprocessing.Pipe(duplex=False)
     pid = os.fork()
     if pid == 0:
@@ -506,8 +472,8 @@ def gpu_row(n: int = 1008) -> CompiledRow:
 
 
 @pytest.mark.cuda
-def test_gpu_runs_on_the_current_stream(gpu: int, cache: RowCache) -> None:
-    executable = device_cuda.load(gpu_row(), gpu, cache)
+def test_gpu_runs_on_the_current_stream(gpu: int) -> None:
+    executable = device_cuda.load(gpu_row(), gpu)
     torch.testing.assert_close(*run_saxpy(executable, n=1008))
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -517,12 +483,12 @@ def test_gpu_runs_on_the_current_stream(gpu: int, cache: RowCache) -> None:
 
 
 @pytest.mark.cuda
-def test_gpu_graph_capture_and_replay(gpu: int, cache: RowCache) -> None:
+def test_gpu_graph_capture_and_replay(gpu: int) -> None:
     x, y = torch.ones(1008, device="cuda"), torch.zeros(1008, device="cuda")
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # the first use of the kernel: loading must not end the capture
-        saxpy(device_cuda.load(gpu_row(), gpu, cache), x, y)
+        saxpy(device_cuda.load(gpu_row(), gpu), x, y)
     assert float(y.sum()) == 0
     for _ in range(3):
         graph.replay()
@@ -530,12 +496,12 @@ def test_gpu_graph_capture_and_replay(gpu: int, cache: RowCache) -> None:
 
 
 @pytest.mark.cuda
-def test_gpu_threads_and_devices(gpu: int, cache: RowCache) -> None:
+def test_gpu_threads_and_devices(gpu: int) -> None:
     failures: list[BaseException] = []
 
     def work(index: int) -> None:
         try:
-            executable = device_cuda.load(gpu_row(), index, cache)
+            executable = device_cuda.load(gpu_row(), index)
             for _ in range(20):
                 got, want = run_saxpy(executable, f"cuda:{index}", 1008)
                 torch.testing.assert_close(got, want)
@@ -551,26 +517,19 @@ def test_gpu_threads_and_devices(gpu: int, cache: RowCache) -> None:
 
 
 @pytest.mark.cuda
-def test_gpu_second_load_uses_stored_code(gpu: int, cache: RowCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    device_cuda.load(gpu_row(), gpu, cache)
-    monkeypatch.setattr(_driver.Driver, "assemble", lambda *_: pytest.fail("assembled again"))
-    torch.testing.assert_close(*run_saxpy(device_cuda.load(gpu_row(), gpu, cache), n=1008))
-
-
-@pytest.mark.cuda
-def test_gpu_large_shared_memory_and_errors(gpu: int, cache: RowCache) -> None:
-    executable = device_cuda.load(gpu_row(100_000), gpu, cache)
+def test_gpu_large_shared_memory_and_errors(gpu: int) -> None:
+    executable = device_cuda.load(gpu_row(100_000), gpu)
     torch.testing.assert_close(*run_saxpy(executable, n=100_000))
     with pytest.raises(ArgumentError, match="threadgroup memory"):
-        saxpy(device_cuda.load(gpu_row(300_000), gpu, cache), *torch.ones(2, 8, device="cuda"))
+        saxpy(device_cuda.load(gpu_row(300_000), gpu), *torch.ones(2, 8, device="cuda"))
     broken = CompiledRow(gpu_row().meta, SAXPY.replace(b"fma.rn.f32", b"fma.nonsense"))
     with pytest.raises(DriverError, match=r"(?s)assembling 'saxpy'.*nonsense"):
-        device_cuda.load(broken, gpu, cache)
+        device_cuda.load(broken, gpu)
 
 
 @pytest.mark.cuda
-def test_gpu_profiler_shows_the_kernels_name(gpu: int, cache: RowCache) -> None:
-    executable = device_cuda.load(CompiledRow(gpu_row().meta, SAXPY), gpu, cache)
+def test_gpu_profiler_shows_the_kernels_name(gpu: int) -> None:
+    executable = device_cuda.load(CompiledRow(gpu_row().meta, SAXPY), gpu)
     x, y = torch.ones(1008, device="cuda"), torch.zeros(1008, device="cuda")
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
@@ -590,8 +549,8 @@ def _child_launches(executable: device_cuda.Executable, send: object) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
-def test_gpu_forked_child(gpu: int, cache: RowCache) -> None:
-    executable = device_cuda.load(row(EMPTY, "nop"), gpu, cache)
+def test_gpu_forked_child(gpu: int) -> None:
+    executable = device_cuda.load(row(EMPTY, "nop"), gpu)
     executable.launch([], ONES, ONES, ONES, [])
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
@@ -644,7 +603,7 @@ def test_real_rows_launch(
     if tails:
         want += [struct.pack("<I", n) for n in (70, 1, 1)]
     fake.sizes = [len(w) for w in want]
-    executable = device_cuda.load(compiled, 0, cache)
+    executable = device_cuda.load(compiled, 0)
     executable.launch(arguments, (3, 1, 1), (32, 1, 1), (70, 1, 1) if tails else (96, 1, 1), [100, 64])
     (seen,) = fake.launches
     assert seen.symbol == "mixed"
@@ -673,8 +632,8 @@ def test_real_rows_assemble(tmp_path: Path, compiler: object, arch: str, name: s
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is a POSIX call")
-def test_a_forked_child_never_waits_for_a_lock(fake: FakeCuda, cache: RowCache) -> None:
-    executable = device_cuda.load(saxpy_row(), 0, cache)
+def test_a_forked_child_never_waits_for_a_lock(fake: FakeCuda) -> None:
+    executable = device_cuda.load(saxpy_row(), 0)
     with executable._lock:  # another thread's, as far as the child knows
         pid = os.fork()
         if pid == 0:
@@ -687,9 +646,9 @@ def test_a_forked_child_never_waits_for_a_lock(fake: FakeCuda, cache: RowCache) 
         assert os.waitpid(pid, 0)[1] == 0
 
 
-def test_launching_is_cheap(fake: FakeCuda, cache: RowCache) -> None:
+def test_launching_is_cheap(fake: FakeCuda) -> None:
     """What Python does for a launch, the driver's own time aside (a no-op here)."""
-    executable = device_cuda.load(saxpy_row(), 0, cache)
+    executable = device_cuda.load(saxpy_row(), 0)
     executable._driver.thread.bound = True
     executable._driver.launch = lambda *_: 0
     values = [0x1000, b"\7", struct.pack("<4f", 1, 2, 3, 0), 0x2000]
