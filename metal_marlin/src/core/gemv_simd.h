@@ -146,6 +146,7 @@ struct SimdGemv {
                 }
             }
         }
+        simdgroup_barrier(mem_flags::mem_none); // lanes left the loop at different times
 #pragma unroll
         for (uint r = 0; r < kOutputs; ++r) {
 #pragma unroll

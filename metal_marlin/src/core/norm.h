@@ -66,7 +66,9 @@ template <typename T> struct NormedInput {
                           bool aligned, constant NormNumbers& numbers, ReducePlace at,
                           threadgroup NormShared<kSimdgroups, kTokens>& sh) {
         for (uint m = 0; m < tokens; ++m) {
-            const float part = simd_sum(squares(x + ulong(first + m) * K, K, aligned, at));
+            const float own = squares(x + ulong(first + m) * K, K, aligned, at);
+            simdgroup_barrier(mem_flags::mem_none); // lanes left its loops at different times
+            const float part = simd_sum(own);
             if (at.lane == 0) sh.parts[at.sgid][m] = part;
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -19,6 +19,7 @@ struct ReduceShared {
 // The sum of every thread's value, for all of them. `sh` may be used again at once.
 static inline float threadgroup_sum(float value, ReducePlace at, threadgroup ReduceShared& sh) {
     if (kSimdWidth == 1) return value;
+    simdgroup_barrier(mem_flags::mem_none); // lanes come from loops of different lengths
     const float part = simd_sum(value);
     if (at.sgs == 1) return part;
     if (at.lane == 0) sh.parts[at.sgid] = part;

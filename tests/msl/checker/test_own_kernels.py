@@ -266,8 +266,8 @@ MISTAKES = [
     Wrong(
         "squares behind x",
         "norm_linear_fp4_decode",
-        "for (uint m = 0; m < tokens; ++m) {\n            const float part",
-        "for (uint m = 0; m < kTokens; ++m) {\n            const float part",
+        "for (uint m = 0; m < tokens; ++m) {\n            const float own",
+        "for (uint m = 0; m < kTokens; ++m) {\n            const float own",
         OUTSIDE,
         fused("norm_linear_fp4_decode"),
     ),
