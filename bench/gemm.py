@@ -65,7 +65,7 @@ def tiles(case: Case) -> list[str]:
 
 def suits(tile: Tile, M: int) -> bool:
     """Whether it is not much too large or too small."""
-    return tile.tokens <= max(8, 4 * M) and (tile.tokens >= M / 4 or tile.tokens >= 128)
+    return tile.tokens <= max(16, 4 * M) and (tile.tokens >= M / 4 or tile.tokens >= 128)
 
 
 def group_of(name: str, group: int) -> int:
@@ -102,8 +102,8 @@ def packed(
     return run
 
 
-def candidates(case: Case, device: str, sets: int, kernels: list[str]) -> tuple[dict[str, Candidate], float]:
-    """What to time, and the largest error of ours."""
+def candidates(case: Case, device: str, sets: int, kernels: list[str], only: str) -> tuple[dict[str, Candidate], float]:
+    """What to time, of ours what starts with ``only``, and the largest error of ours."""
     data = [case.tensors(device, seed) for seed in range(sets)]
     outs = [d[0].new_full((case.M, case.N), float("nan")) for d in data]
     form = codec(case.format)
@@ -122,6 +122,7 @@ def candidates(case: Case, device: str, sets: int, kernels: list[str]) -> tuple[
         found |= {
             k: packed(k, case, data, weights, outs) for k in ("linear_packed", *(k for k in kernels if k in PACKED))
         }
+    found = {name: call for name, call in found.items() if name.startswith(only)}
     dense = [form.decode(*d[1:], case.group, case.zeros, case.dtype) for d in data[:2]]
     error = 0.0
     for i in {0, min(1, sets - 1)}:
@@ -137,11 +138,11 @@ def candidates(case: Case, device: str, sets: int, kernels: list[str]) -> tuple[
     return found, error
 
 
-def measure(case: Case, device: str, kernels: list[str]) -> list[tuple[str, ...]]:
+def measure(case: Case, device: str, kernels: list[str], only: str = "") -> list[tuple[str, ...]]:
     operations = 2 * case.M * case.N * case.K
     moved = case.N * case.K * codec(case.format).bits // 8 + case.M * (case.N + case.K) * case.dtype.itemsize
     sets = sets_needed(moved, device, most=8)
-    calls, error = candidates(case, device, sets, kernels)
+    calls, error = candidates(case, device, sets, kernels, only)
     if device.startswith("cuda"):
         times = graph_times(calls, device, inner=max(16, sets), sets=sets)
     else:
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--kernel", nargs="+", default=[], help="variants to time as well")
     parser.add_argument("--tiles", action="store_true", help="time every tile that suits the tokens")
+    parser.add_argument("--only", default="", help="of ours, time what starts so, such as packed_gemm")
     options = parser.parse_args()
     heading = ("case", "candidate", "µs", "p20", "p80", "TFLOP/s", "of dense", "error", "goal")
     for device in usable_devices(options.device):
@@ -183,7 +185,7 @@ def main() -> None:
                         kernels = [f"marlin_gemm_{name}", *(k for k in options.kernel if f"_{name}" in k)]
                         kernels += [f"decode_gemv_{name}_batched"] if tokens <= 128 else []
                         kernels += tiles(case) if options.tiles else []
-                        rows += measure(case, device, kernels)
+                        rows += measure(case, device, kernels, options.only)
         table(device, [heading, *rows])
 
 
