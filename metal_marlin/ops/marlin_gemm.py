@@ -29,13 +29,15 @@ _TOKENS = 256  # most tokens of a threadgroup on the cpu; src/core/cpu/gemm.h
 
 @dataclass(frozen=True)
 class Named:
-    """A kernel with a tile of its own on every device, half and bfloat16: its format, rows of W and tokens of a
-    threadgroup, its file."""
+    """A kernel with a tile of its own, half and bfloat16: its format, rows of W and tokens of a threadgroup, its file,
+    threads; ``copies``: the tile of ``TILES`` that it has on cuda, which has asynchronous copies."""
 
     format: str
     rows: int
     tokens: int
     file: str = FAMILY
+    threads: int = _THREADS
+    copies: str = ""
 
 
 _SIZES = "32x32x32 64x32x32 32x64x32 64x64x16 64x64x32 64x64x64 128x64x32 64x128x32 128x128x16"
@@ -52,6 +54,8 @@ NAMED = {
     },
     **{f"marlin_gemm_fused_fp4{name}": Named("fp4", 64, 64) for name in ("", "_fp32acc")},
     "marlin_gemm_fused_u4": Named("int4", 64, 64),
+    "marlin_gemm_divergent_fp4": Named("fp4", 64, 64, threads=2 * _THREADS),
+    **{f"marlin_gemm_fp4_async{name}": Named("fp4", 64, 64, copies="32x32") for name in ("", "_deep")},
 }
 _DTYPES = tuple(KEYS)
 _OTHERS = (
@@ -124,7 +128,9 @@ def plan(
     named = NAMED.get(kernel or "")
     if kernel and named and format == named.format and dtype == scale_dtype != torch.float32:
         row = row_name("marlin_gemm", kernel, [kernel], dtype, scale_dtype, format, zeros)
-        return _plain(row, M, N, device, pool, named.rows, named.tokens, named.file)
+        if device == "cuda" and named.copies:
+            return _tiled(row, M, N, named.copies, hopper, aligned)
+        return on_grid(row, M, N, device, pool, named.file, named.rows, named.tokens, threads=named.threads)
     known = [f"marlin_gemm_{codec(format).name}{variant}" for variant in VARIANTS.get(format, ("",))]
     tiles = TILES if has_tiles(dtype, scale_dtype, format) else {}
     base, _, tile = (kernel or known[0]).partition("__m")
@@ -134,19 +140,35 @@ def plan(
         tile = fastest(M, N, K, hopper)
     row = row_name("marlin_gemm", base, known, dtype, scale_dtype, format, zeros, tile)
     if tile and device == "cuda":
-        t = TILES[tile]
-        if not aligned or (t.hopper and not hopper):
-            need = "K % 32 = 0, x and codes at multiples of 16 bytes" if not aligned else "compute capability 9.0"
-            raise ArgumentError(f"marlin_gemm: kernel {row!r} needs {need}")
-        grid = (-(-N // t.rows), -(-M // t.tokens), t.parts)
-        return Plan(row, grid, t.threads, t.rows, t.tokens, 32, FAMILY, tile)
-    return _plain(row, M, N, device, pool, _TILE, _TILE, FAMILY, tile)
+        return _tiled(row, M, N, tile, hopper, aligned)
+    return on_grid(row, M, N, device, pool, FAMILY, tile=tile)
 
 
-def _plain(row: str, M: int, N: int, device: str, pool: int, rows: int, tokens: int, file: str, tile: str = "") -> Plan:
+def _tiled(row: str, M: int, N: int, tile: str, hopper: bool, aligned: bool) -> Plan:
+    """A grid of a tile of ``TILES`` on cuda."""
+    t = TILES[tile]
+    if not aligned or (t.hopper and not hopper):
+        need = "K % 32 = 0, x and codes at multiples of 16 bytes" if not aligned else "compute capability 9.0"
+        raise ArgumentError(f"marlin_gemm: kernel {row!r} needs {need}")
+    grid = (-(-N // t.rows), -(-M // t.tokens), t.parts)
+    return Plan(row, grid, t.threads, t.rows, t.tokens, 32, FAMILY, tile)
+
+
+def on_grid(
+    row: str,
+    M: int,
+    N: int,
+    device: str,
+    pool: int,
+    file: str,
+    rows: int = _TILE,
+    tokens: int = _TILE,
+    tile: str = "",
+    threads: int = _THREADS,
+) -> Plan:
     """A grid of tiles; on the cpu rows and tokens are what suits its threads."""
     if device != "cpu":
-        return Plan(row, (-(-N // rows), -(-M // tokens)), _THREADS, rows, tokens, 32, file, tile)
+        return Plan(row, (-(-N // rows), -(-M // tokens)), threads, rows, tokens, 32, file, tile)
     across = -(-N // _TILE)
     blocks = -(-M // _TOKENS)  # each decodes W again: more of them only where threads would have nothing to do
     while across * blocks < 3 * pool and 48 * blocks < M:

@@ -33,7 +33,7 @@ def product_ref(
 
 
 @functools.lru_cache(maxsize=4096)
-def _layout(
+def layout(
     format: str, zeros: str, N: int, K: int, group_size: int, scale_dtype: torch.dtype
 ) -> tuple[tuple[int, int], tuple[tuple[int, ...], torch.dtype] | None]:
     """Shape of the scales; shape and dtype of extra, None where there is none."""
@@ -68,7 +68,7 @@ def check(
     held = form.columns(int(codes.shape[1]))
     if held != K:
         raise ArgumentError(f"{op}: x has K = {K}, codes have K = {held}")
-    wanted, more = _layout(format, zeros, N, K, group_size, scales.dtype)
+    wanted, more = layout(format, zeros, N, K, group_size, scales.dtype)
     if scales.shape != wanted:
         raise ArgumentError(
             f"{op}: scales have shape {tuple(scales.shape)}; N = {N}, K = {K}, group_size = {group_size} need {wanted}"

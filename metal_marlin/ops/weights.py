@@ -25,8 +25,10 @@ def row_name(
     format: str,
     zeros: str,
     tile: str = "",
+    pattern: str = "",
 ) -> str:
-    """The host name of a kernel's row: ``base`` (one of ``known``) and keys; ``tile``: where it is not the usual one.
+    """The host name of a kernel's row: ``base`` (one of ``known``) and keys; ``tile``, ``pattern``: where they are not the
+    usual ones.
     Raises ArgumentError in the name of ``op`` for what has no row."""
     form = codec(format)
     if base not in known:
@@ -39,6 +41,7 @@ def row_name(
     keys = [] if dtype == torch.float16 else [f"t{KEYS[dtype]}"]
     keys += [f"s{KEYS[scale_dtype]}"] if form.scale_kind == "float" and scale_dtype != dtype else []
     keys += [f"z{zeros}"] if zeros != "none" else []
+    keys += [f"p{pattern}"] if pattern else []
     keys += [f"m{tile}"] if tile else []
     return f"{base}__{'_'.join(keys)}" if keys else base
 

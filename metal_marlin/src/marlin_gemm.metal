@@ -9,6 +9,8 @@
 //   marlin_gemm_fp4_single_stage  one stage; _3stage three
 //   marlin_gemm_fp4_fp32acc       never sums in half
 //   marlin_gemm_fused_<format>    weights are decoded in registers, as operands
+//   marlin_gemm_divergent_fp4     half of the simdgroups decode, the others multiply
+//   marlin_gemm_fp4_async         two stages filled by asynchronous copies, which also fetch x; _async_deep eight
 // Grid: x covers N, y covers M; ops/marlin_gemm.py holds the numbers.
 #include <metal_stdlib>
 #include "core/gemm_kernel.h"
@@ -59,12 +61,20 @@ ROWS("marlin_gemm_nf3", Nf3, DoubleStage, "", "")
     INSTANTIATE(name first, marlin_gemm<W<half>, half, Fused<64, 64>>)                                       \
     INSTANTIATE(name "__tbf16" z, marlin_gemm<W<bfloat>, bfloat, Fused<64, 64>>)
 
+#define ROWS_OF(name, entry, ...)                                                                            \
+    INSTANTIATE(name, entry<Fp4<half>, half, __VA_ARGS__>)                                                   \
+    INSTANTIATE(name "__tbf16", entry<Fp4<bfloat>, bfloat, __VA_ARGS__>)
+
 ROWS_FUSED("marlin_gemm_fused_fp4", Fp4, "", "")
 ROWS_FUSED("marlin_gemm_fused_fp4_fp32acc", Fp4, "", "")
 ROWS_FUSED("marlin_gemm_fused_u4", Int4, "", "")
 ROWS_FUSED("marlin_gemm_fused_u4", Int4Point, "__zpoint", "_zpoint")
 ROWS_FUSED("marlin_gemm_fused_u4", Int4Packed, "__zpacked", "_zpacked")
 ROWS_FUSED("marlin_gemm_fused_u4", Int4Bias, "__zbias", "_zbias")
+
+ROWS_OF("marlin_gemm_divergent_fp4", marlin_gemm_256, Divergent)
+ROWS_OF("marlin_gemm_fp4_async", marlin_gemm_256, FewTokens<32, 32, 8, 2>)
+ROWS_OF("marlin_gemm_fp4_async_deep", marlin_gemm_256, FewTokens<32, 32, 8, 8>)
 
 // Tiles with asynchronous copies; m: rows of W and tokens of a threadgroup, and how many of them share K (ops/gemm_tiles.py).
 #define FEW(name, rows, tokens, threads, W, T)                                                               \

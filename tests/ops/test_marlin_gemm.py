@@ -268,6 +268,10 @@ def test_every_named_tile(kernel: str, dtype: torch.dtype, device: str) -> None:
         for M, N, K, group in ((131, 137, 200, 16), (17, 40, 32, 32), (66, 65, 128, 64), (1, 1, 8, 8)):
             case = Case(M, N, K, group, dtype, None, form, zeros)
             tensors = case.tensors(device)
+            if NAMED[kernel].copies and device == "cuda" and K % 32:
+                with pytest.raises(ArgumentError, match="K % 32"):
+                    call(case, tensors, kernel=kernel)
+                continue
             check(call(case, tensors, kernel=kernel), case, tensors)
 
 

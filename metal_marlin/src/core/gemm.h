@@ -105,6 +105,8 @@ struct Tiled {
 template <uint kRows_, uint kTokens_> struct Fused : DoubleStage {
     enum : uint { kRows = kRows_, kTokens = kTokens_ };
 };
+// Half of the simdgroups decode, the others multiply (gemm_divergent.h).
+struct Divergent : DoubleStage {};
 // Asynchronous copies, kDepth stages; kRows of W and kTokens of a threadgroup. Devices without such copies have the
 // two stages above.
 template <uint kRows_, uint kTokens_, uint kSimdgroups_, uint kDepth_, uint kSplit_ = 1>
@@ -124,6 +126,7 @@ template <uint kRows_, uint kTokens_, uint kDepth_, uint kSplit_ = 1> struct Man
 
 #include "core/gemm_tile.h"
 
+#include "core/gemm_divergent.h"
 #include "core/gemm_fused.h"
 
 // Which pipeline a schedule is on any device.
@@ -133,6 +136,9 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct S
 template <typename W, typename T, uint kRows, uint kTokens, typename Epilogue>
 struct SimdGemm<W, T, Fused<kRows, kTokens>, Epilogue> {
     typedef FusedGemm<W, T, Fused<kRows, kTokens>, Epilogue> type;
+};
+template <typename W, typename T, typename Epilogue> struct SimdGemm<W, T, Divergent, Epilogue> {
+    typedef DivergentGemm<W, T, Epilogue> type;
 };
 
 #include "core/apple/gemm.h"

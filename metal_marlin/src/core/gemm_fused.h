@@ -4,10 +4,34 @@
 // weight is decoded once. A lane's pair of neighbouring columns of every eight is codes i and i + 4 of the eight, which
 // decode together; x is stored in that order (to a dot product it does not matter, as long as both operands have the same).
 
+// 32 weights of a row, as a lane has them; pair(): two of eight, neighbours where kNeighbours says so, else i and i + 4.
+template <typename W> struct FusedRow {
+    typedef typename W::Format Format;
+    static_assert(Format::kPerWord == 8 && Format::kBits == 4, "FusedRow: four bits");
+    enum : bool { kNeighbours = false };
+    uint4 words;
+
+    template <typename Arguments> void fetch(thread const Arguments& a, uint matrix, uint n, uint k) {
+        device const uint* from = a.codes_of(matrix, n) + k / 8;
+        words = 0;
+        if (a.aligned) {
+            if (k < a.K) words = *(device const uint4*)from;
+        } else {
+#pragma unroll
+            for (uint i = 0; i < 4; ++i) {
+                if (k + 8 * i < a.K) words[i] = from[i];
+            }
+        }
+    }
+    float2 pair(uint eight, uint i, typename W::Group group) const {
+        const float2 v = Format::pair(words[eight], i);
+        return float2(group.weight(v.x), group.weight(v.y));
+    }
+};
+
 template <typename W, typename T, typename Schedule, typename Epilogue> struct FusedGemm {
     typedef TileMath<T> Math;
     typedef TileGemm<W, T, Schedule, Epilogue> Plain;
-    typedef typename W::Format Format;
     typedef GemmArguments<W, T> Arguments;
     typedef MatrixRows<W::kMatrices> Place;
     enum : uint {
@@ -22,14 +46,13 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
         kStride = kBK + 16 / sizeof(T),
         kChunks = kBM * kBK * sizeof(T) / 16 / kThreads
     };
-    static_assert(Format::kPerWord == 8 && Format::kBits == 4, "FusedGemm: four bits");
     static_assert(sizeof(T) == 2 && kChunks >= 1, "FusedGemm: half and bfloat, 16 bytes of x a thread");
     struct alignas(16) Shared {
         T x[2][kBM * kStride];
         float scratch[kSimdgroups][Math::kScratch];
     };
     struct Fetched {
-        uint4 words[kEights];
+        FusedRow<W> rows[kEights];
         typename W::Group groups[kEights][2]; // of 16 weights
         uint4 x[kChunks];
     };
@@ -41,16 +64,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
         for (uint j = 0; j < kEights; ++j) {
             const uint matrix = Place::matrix(first + 8 * j, 8);
             const uint n = at.tgid.x * (kBN / W::kMatrices) + Place::row(first + 8 * j, 8);
-            device const uint* from = a.codes_of(matrix, n) + k / 8;
-            f.words[j] = 0;
-            if (a.aligned) {
-                if (k < a.K) f.words[j] = *(device const uint4*)from;
-            } else {
-#pragma unroll
-                for (uint i = 0; i < 4; ++i) {
-                    if (k + 8 * i < a.K) f.words[j][i] = from[i];
-                }
-            }
+            f.rows[j].fetch(a, matrix, n, k);
             const typename W::Row of = a.row_of(matrix, n);
 #pragma unroll
             for (uint i = 0; i < 2; ++i) f.groups[j][i] = of.group(a.group(k + 16 * i));
@@ -68,9 +82,13 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
         for (uint i = 0; i < kChunks; ++i) {
             const uint chunk = at.sgid * kSimdWidth + at.lane + i * kThreads;
             const uint4 x = input.eight(f.x[i], at.tgid.y * kBM + chunk / 4, k + chunk % 4 * 8);
+            threadgroup T* to = xs + chunk / 4 * kStride + chunk % 4 * 8;
+            if (FusedRow<W>::kNeighbours) {
+                *(threadgroup uint4*)to = x;
+                continue;
+            }
             const uint2 low = x.xy, high = x.zw; // numbers 0 ... 3 and 4 ... 7
             const uint2 even = (low & 0xffffu) | (high << 16), odd = (low >> 16) | (high & 0xffff0000u);
-            threadgroup T* to = xs + chunk / 4 * kStride + chunk % 4 * 8;
             *(threadgroup uint4*)to = uint4(even.x, odd.x, even.y, odd.y);
         }
     }
@@ -86,9 +104,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct F
             for (uint j = 0; j < kEights; ++j) {
 #pragma unroll
                 for (uint e = 0; e < kWords; ++e) {
-                    const float2 v = Format::pair(f.words[j][word + e], pair);
-                    const typename W::Group group = f.groups[j][(word + e) / 2];
-                    Math::put(left, j, e, T(group.weight(v.x)), T(group.weight(v.y)));
+                    const float2 w = f.rows[j].pair(word + e, pair, f.groups[j][(word + e) / 2]);
+                    Math::put(left, j, e, T(w.x), T(w.y));
                 }
             }
             Math::load(right, xs + word * 8, kStride, lane);

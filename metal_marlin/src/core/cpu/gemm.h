@@ -47,73 +47,33 @@ static inline void wide_transpose(thread WideBits (&q)[16]) {
     wide_exchange<8>(q), wide_exchange<4>(q), wide_exchange<2>(q), wide_exchange<1>(q);
 }
 
-// One lane. A threadgroup takes `rows` rows of W for `tokens` tokens. Of kDepth weights at a time, a panel of kPanel rows
-// is decoded to float, 16 rows a vector, and multiplied with all the tokens: kTokens x kVectors sums stay in registers
-// along the panel. Weights are not rounded; there is nothing to fetch ahead, so every schedule is this one.
-template <typename W, typename T, typename Schedule, typename Epilogue> struct PanelGemm {
-    typedef typename W::Format Format;
-    typedef CodeWords<Format> Memory;
-    typedef MatrixRows<W::kMatrices> Place;
+// kDepth of kPanel rows of W, decoded to float, 16 rows a vector.
+struct Panel {
     enum : uint {
-        kSimdgroups = 1,
 #if defined(__AVX512F__)
         kVectors = 4, // of 32 registers, 24 for sums
 #else
         kVectors = 1,
 #endif
-        kPanel = 16 * kVectors,
-        kTokens = 6,
-        kDepth = 256,
-        kStride = kDepth + 16, // rows of x begin in different sets of a cache
-        kMostTokens = 256,
-        kMostRows = 64,
-        kPerWord = Format::kPerWord
+        kRows = 16 * kVectors,
+        kDepth = 256
     };
-    static_assert(kDepth % (16 * kPerWord) == 0, "PanelGemm: words of codes are decoded 16 at a time");
-    struct Shared {
-        uint nothing;
-    };
-    struct alignas(64) Block {
-        float w[kDepth][kPanel];
-        float sums[kMostTokens][kMostRows];
-        float x[kMostTokens][kStride];
-    };
+    float w[kDepth][kRows];
+};
+
+template <typename W, typename T> struct PanelDecoder {
+    typedef typename W::Format Format;
+    typedef CodeWords<Format> Memory;
+    typedef MatrixRows<W::kMatrices> Place;
+    enum : uint { kPerWord = Format::kPerWord };
+    static_assert(Panel::kDepth % (16 * kPerWord) == 0,
+                  "PanelDecoder: words of codes are decoded 16 at a time");
+    WideCodes<Format> codes;
+
     // Scales of 16 rows.
     struct Groups {
         Wide scale, zero, bias;
     };
-
-    template <typename Input = PlainInput>
-    static void run(GemmArguments<W, T> a, GemmPlace at, threadgroup Shared&, Epilogue epilogue,
-                    Input input = Input()) {
-        const uint row = at.tgid.x * a.rows, rows = min(a.rows, a.N - row);
-        const uint other = (W::kMatrices - 1) * rows, all = other + rows;
-        const uint token = at.tgid.y * a.tokens, tokens = min(a.tokens, a.M - token);
-        const WideCodes<Format> codes;
-        Block block;
-        for (uint k = 0; k < a.K; k += kDepth) {
-            const uint depth = min(uint(kDepth), a.K - k);
-            for (uint m = 0; m < tokens; ++m) {
-                device const T* x = a.x + ulong(token + m) * a.K + k;
-                const typename Input::Row in = input.row(token + m);
-                for (uint i = 0; i < depth; ++i) block.x[m][i] = in.at(float(x[i]), k + i);
-            }
-            for (uint r = 0; r < all; r += kPanel) {
-                decode(a, codes, row, r, rows, k, depth, block);
-                uint m = 0;
-                for (; m + kTokens <= tokens; m += kTokens) multiply<kTokens>(block, m, r, depth, k == 0);
-                for (; m + 2 <= tokens; m += 2) multiply<2>(block, m, r, depth, k == 0);
-                for (; m < tokens; ++m) multiply<1>(block, m, r, depth, k == 0);
-            }
-        }
-        for (uint m = 0; m < tokens; ++m) {
-            device T* y = a.y + ulong(token + m) * a.N + row;
-            for (uint r = 0; r < rows; ++r) {
-                const float sum = W::join(block.sums[m][r], block.sums[m][other + r]);
-                y[r] = T(epilogue.apply(sum, token + m, row + r));
-            }
-        }
-    }
 
     static void groups(thread const typename W::Row (&rows)[16], uint g, thread Groups& to) {
         float scale[16], zero[16], bias[16];
@@ -124,12 +84,12 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct P
         to.scale = wide_load<Wide>(scale), to.zero = wide_load<Wide>(zero), to.bias = wide_load<Wide>(bias);
     }
 
-    // Weights k0 ... k0 + depth of kPanel rows from `first` on of the threadgroup's, which begin with `row`; `apart` rows
+    // Weights k0 ... k0 + depth of Panel::kRows rows from `first` on of the threadgroup's, which begin with `row`; `apart` rows
     // of one matrix, then those of the other.
-    static void decode(thread const GemmArguments<W, T>& a, thread const WideCodes<Format>& codes, uint row,
-                       uint first, uint apart, uint k0, uint depth, thread Block& block) {
+    void decode(thread const GemmArguments<W, T>& a, uint row, uint first, uint apart, uint k0, uint depth,
+                thread Panel& panel) const {
         const uint words = depth / kPerWord, stored = Memory::stored(depth);
-        for (uint v = 0; v < kVectors; ++v) {
+        for (uint v = 0; v < Panel::kVectors; ++v) {
             typename W::Row rows[16];
             device const uint* from[16];
             for (uint r = 0; r < 16; ++r) {
@@ -162,9 +122,65 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct P
                         if (W::kZero) w -= g.zero;
                         w *= g.scale;
                         if (W::kBias) w += g.bias;
-                        wide_store(&block.w[k + i][16 * v], w);
+                        wide_store(&panel.w[k + i][16 * v], w);
                     }
                 }
+            }
+        }
+    }
+};
+
+// One lane. A threadgroup takes `rows` rows of W for `tokens` tokens. A panel is decoded and multiplied with all the tokens:
+// kTokens x kVectors sums stay in registers along it. Weights are not rounded; there is nothing to fetch ahead, so every
+// schedule is this one.
+template <typename W, typename T, typename Schedule, typename Epilogue> struct PanelGemm {
+    enum : uint {
+        kSimdgroups = 1,
+        kVectors = Panel::kVectors,
+        kPanel = Panel::kRows,
+        kTokens = 6,
+        kDepth = Panel::kDepth,
+        kStride = kDepth + 16, // rows of x begin in different sets of a cache
+        kMostTokens = 256,
+        kMostRows = 64
+    };
+    struct Shared {
+        uint nothing;
+    };
+    struct alignas(64) Block {
+        Panel panel;
+        float sums[kMostTokens][kMostRows];
+        float x[kMostTokens][kStride];
+    };
+
+    template <typename Input = PlainInput>
+    static void run(GemmArguments<W, T> a, GemmPlace at, threadgroup Shared&, Epilogue epilogue,
+                    Input input = Input()) {
+        const uint row = at.tgid.x * a.rows, rows = min(a.rows, a.N - row);
+        const uint other = (W::kMatrices - 1) * rows, all = other + rows;
+        const uint token = at.tgid.y * a.tokens, tokens = min(a.tokens, a.M - token);
+        const PanelDecoder<W, T> decoder;
+        Block block;
+        for (uint k = 0; k < a.K; k += kDepth) {
+            const uint depth = min(uint(kDepth), a.K - k);
+            for (uint m = 0; m < tokens; ++m) {
+                device const T* x = a.x + ulong(token + m) * a.K + k;
+                const typename Input::Row in = input.row(token + m);
+                for (uint i = 0; i < depth; ++i) block.x[m][i] = in.at(float(x[i]), k + i);
+            }
+            for (uint r = 0; r < all; r += kPanel) {
+                decoder.decode(a, row, r, rows, k, depth, block.panel);
+                uint m = 0;
+                for (; m + kTokens <= tokens; m += kTokens) multiply<kTokens>(block, m, r, depth, k == 0);
+                for (; m + 2 <= tokens; m += 2) multiply<2>(block, m, r, depth, k == 0);
+                for (; m < tokens; ++m) multiply<1>(block, m, r, depth, k == 0);
+            }
+        }
+        for (uint m = 0; m < tokens; ++m) {
+            device T* y = a.y + ulong(token + m) * a.N + row;
+            for (uint r = 0; r < rows; ++r) {
+                const float sum = W::join(block.sums[m][r], block.sums[m][other + r]);
+                y[r] = T(epilogue.apply(sum, token + m, row + r));
             }
         }
     }
@@ -180,7 +196,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct P
         for (uint k = 0; k < depth; ++k) {
             Wide w[kVectors];
 #pragma unroll
-            for (uint v = 0; v < kVectors; ++v) w[v] = wide_load<Wide>(&block.w[k][16 * v]);
+            for (uint v = 0; v < kVectors; ++v) w[v] = wide_load<Wide>(&block.panel.w[k][16 * v]);
 #pragma unroll
             for (uint t = 0; t < kCount; ++t) {
                 const Wide x = (Wide)block.x[m + t][k];
