@@ -17,11 +17,12 @@ _AXES = {
     4: ((2, 8, -1, 4, 2, 4, 2), (0, 3, 2, 6, 4, 7, 5, 1)),
     8: ((2, 8, -1, 2, 2, 2, 4, 2), (0, 3, 4, 2, 7, 5, 6, 8, 1)),
 }
+_SPARSE_AXES = ((2, 8, -1, 2, 2, 4, 2), _AXES[4][1])  # of kept weights: a block has two steps
 
 
-def _reordered(form: Codec, words: torch.Tensor, back: bool) -> torch.Tensor:
+def _reordered(form: Codec, words: torch.Tensor, back: bool, sparse: bool = False) -> torch.Tensor:
     """Codes int32 [N, words] in operand order, or back."""
-    split, order = _AXES[form.bits]
+    split, order = _SPARSE_AXES if sparse else _AXES[form.bits]
     out = torch.empty_like(words, memory_format=torch.contiguous_format)
     rows = max(16, _BLOCK // max(1, form.columns(words.shape[1])) // 16 * 16)
     for first in range(0, words.shape[0], rows):
@@ -69,6 +70,26 @@ def pack(
             extra = form.unpack(extra)[:, : scales.shape[1]].to(scales.dtype)
         extra = _paired(extra)
     return _reordered(form, codes, False), _paired(scales), extra, powers
+
+
+def pack_sparse(
+    form: Codec, codes: torch.Tensor, places: torch.Tensor, scales: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``pack`` for 2:4 sparse weights without zeros: codes, places and scales of the same shapes, and powers."""
+    halves = places.contiguous().view(torch.int16)  # [N, K / 16]
+    rows = halves.view(-1, 2, 8, halves.shape[1] // 4, 4).permute(0, 3, 2, 4, 1)
+    ordered = rows.reshape(halves.shape).contiguous().view(torch.int32)
+    return _reordered(form, codes, False, True), ordered, _paired(scales), _powers(form, scales, None)
+
+
+def unpack_sparse(
+    form: Codec, codes: torch.Tensor, places: torch.Tensor, scales: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What ``pack_sparse`` was given."""
+    halves = places.contiguous().view(torch.int16)
+    rows = halves.view(-1, halves.shape[1] // 4, 8, 4, 2).permute(0, 4, 2, 1, 3)
+    ordered = rows.reshape(halves.shape).contiguous().view(torch.int32)
+    return _reordered(form, codes, True, True), ordered, _unpaired(scales)
 
 
 def unpack(

@@ -277,12 +277,18 @@ def _literal(value: object) -> str:
     raise MetalCompileError(f"function constants are bools, integers, floats or tuples of them, not {type(value)}")
 
 
+# PTX ISA that first has an instruction of inline assembly.
+_SINCE = {"wgmma.mma_async.sp": "8.2", "mma.sp::ordered_metadata": "8.5"}
+
+
 def _portable(ptx: str, arch: str) -> str:
-    """State PTX ISA 8.0 up to sm_90a, so that drivers since CUDA 12.0 take it; clang always states its newest."""
+    """State PTX ISA 8.0 up to sm_90a, so that drivers since CUDA 12.0 take it, or the first that has every instruction;
+    clang always states its newest."""
     if int(re.sub(r"\D", "", arch)) > 90:
         return ptx
     ptx = re.sub(r'^\s*\.pragma "used_bytes_mask [^"]*";\n', "", ptx, flags=re.M)  # a hint, newer than 8.0
-    return re.sub(r"^\.version \d+\.\d+", ".version 8.0", ptx, count=1, flags=re.M)
+    version = max(["8.0", *(first for word, first in _SINCE.items() if word in ptx)])
+    return re.sub(r"^\.version \d+\.\d+", f".version {version}", ptx, count=1, flags=re.M)
 
 
 def _bound_threads(ptx: str, limit: int | None) -> str:

@@ -142,13 +142,13 @@ def _check(
     return M, N, K
 
 
-def _by_group(rows: torch.Tensor) -> torch.Tensor:
+def by_group(rows: torch.Tensor) -> torch.Tensor:
     """[groups, N], contiguous; a view of what ``prepack`` made."""
     return rows.T if rows.T.is_contiguous() else rows.T.contiguous()
 
 
 @functools.lru_cache(maxsize=4096)
-def _maps(
+def maps_of(
     tile: str, bits: int, size: int, M: int, N: int, K: int, group: int, x: int, codes: int, scales: int, extra: int
 ) -> bytes:
     """Descriptors of x, codes, scales and extra (0: none) at these addresses; ``size`` of a scale, in bytes."""
@@ -180,14 +180,14 @@ def _run(
     p = plan(max(M, 1), N, K, x.dtype, scales.dtype, format, zeros, kernel)
     if M == 0 or N == 0:
         return
-    scales, extra = _by_group(scales), extra if extra is None or zeros == "none" else _by_group(extra)
+    scales, extra = by_group(scales), extra if extra is None or zeros == "none" else by_group(extra)
     maps = 4 * NONE
     if x.is_cuda:
         if x.data_ptr() % 16:
             x = x.clone()
         more = extra.data_ptr() if extra is not None and zeros != "none" else 0
         tensors = (x.data_ptr(), codes.data_ptr(), scales.data_ptr(), more)
-        maps = _maps(p.tile, codec(format).bits, scales.itemsize, M, N, K, group_size, *tensors)
+        maps = maps_of(p.tile, codec(format).bits, scales.itemsize, M, N, K, group_size, *tensors)
     tile = TILES[p.tile]
     shape = {"M": M, "N": N, "K": K, "group": group_size, "rows": tile.rows, "tokens": tile.tokens, "aligned": 1}
     dispatch_kernel(

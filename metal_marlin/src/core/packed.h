@@ -10,16 +10,39 @@
 //   scales  S [groups][N / 16][8][2]          of rows r and r + 8; zeros and biases likewise
 //   powers  float [N]                         powers of two above every scale and bias of a row
 //
-// N is a multiple of 16 and K of 64. Twin: metal_marlin/quant/layouts.py. Sources: own (the measured prototype).
+//   places  of 2:4 sparse weights: where in [N / 16][K / 64][lane] is a word; see SparsePlaces
+//
+// Sparse weights have half as many codes: 8 bytes a lane and 64 k, two steps of 32 k, of whose kept weights lane 4 * r + c has
+// the same numbers 2c, 2c + 1, 2c + 8, 2c + 9. N is a multiple of 16 and K of 64. Twin: metal_marlin/quant/layouts.py. Sources: own (the measured prototype).
 #include <metal_stdlib>
 #include "core/epilogue.h"
 #include "core/gemm.h"
 #include "formats/quantized.h"
+#include "formats/sparse.h"
 using namespace metal;
 
 // Descriptors for the tensor copy unit of NVIDIA GPUs; others never read them.
 struct alignas(64) PackedMaps {
     long words[64]; // x, codes, scales, extra; 16 each
+};
+
+struct alignas(64) SparsePackedMaps {
+    long words[80]; // and places
+};
+
+// How many k there are for one that is stored.
+template <typename W> struct Spread {
+    enum : uint { value = 1 };
+};
+template <typename Q> struct Spread<Sparse<Q, 2, 4>> {
+    enum : uint { value = 2 };
+};
+
+// The word of lane 4 * r + c has those of step c / 2: bits 0 ... 15 are of row r, 16 ... 31 of row r + 8, four bits for every
+// four weights of 16, the first of which is 16 * (c % 2). It is what the sparse matrix instruction takes.
+struct SparsePlaces {
+    static uint lane(uint r, uint step, uint far) { return 4 * r + 2 * step + far; }
+    static uint four(uint word, uint h, uint i) { return word >> (16 * h + 4 * i) & 15; }
 };
 
 template <typename W, typename T> struct PackedArguments {
@@ -30,14 +53,16 @@ template <typename W, typename T> struct PackedArguments {
     device const S* scales;
     device const E* extra;
     device const float* powers;
+    device const uint* places; // of sparse weights
     device T* y;
     uint M, N, K, groups, group;
     uint shift; // weight k has scale k >> shift
 
     PackedArguments(device const T* x, device const uint* codes, device const S* scales,
-                    device const E* extra, device const float* powers, device T* y, constant GemmShape& shape)
-        : x(x), codes(codes), scales(scales), extra(extra), powers(powers), y(y), M(uint(shape.M)),
-          N(uint(shape.N)), K(uint(shape.K)),
+                    device const E* extra, device const float* powers, device const uint* places, device T* y,
+                    constant GemmShape& shape)
+        : x(x), codes(codes), scales(scales), extra(extra), powers(powers), places(places), y(y),
+          M(uint(shape.M)), N(uint(shape.N)), K(uint(shape.K)),
           groups((uint(shape.K) + uint(shape.group) - 1) / uint(shape.group)), group(uint(shape.group)),
           shift(groups == 1 ? 31 : ctz(uint(shape.group))) {}
 
@@ -85,6 +110,28 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct S
         return v;
     }
 
+    // A step of 32 k of sparse weights.
+    static void sparse_step(thread const Arguments& a, uint strip, uint k, uint token, uint lane,
+                            thread float (&sums)[2][kTokens]) {
+        const uint r = lane / 4, c = lane % 4, s = k % 64 / 32;
+        const ulong block = ulong(strip) * (a.K / 64) + k / 64;
+        const uint word = a.codes[block * 64 + lane * 2 + s];
+        for (uint h = 0; h < 2; ++h) {
+            for (uint far = 0; far < 2; ++far) {
+                const uint first = k + 16 * far + 4 * c;
+                const Numbers v = numbers(a, strip, r + 8 * h, first);
+                const uint four =
+                    SparsePlaces::four(a.places[block * 32 + SparsePlaces::lane(r, s, far)], h, c);
+                const float2 w = v.scale * Format::pair(word, 2 * far + h);
+                for (uint i = 0; i < kTokens; ++i) {
+                    if (token + i >= a.M) break;
+                    device const T* x = a.x + ulong(token + i) * a.K + first;
+                    sums[h][i] += w.x * float(x[four & 3]) + w.y * float(x[four >> 2]);
+                }
+            }
+        }
+    }
+
     // A step of 16 k.
     static void step(thread const Arguments& a, uint strip, uint k, uint token, uint lane,
                      thread float (&sums)[2][kTokens]) {
@@ -115,7 +162,12 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct S
              strip += Schedule::kThreads / 32) {
             for (uint token = at.tgid.y * Schedule::kTokens; token < min(last, a.M); token += kTokens) {
                 float sums[2][kTokens] = {};
-                for (uint k = 0; k < a.K; k += 16) step(a, strip, k, token, at.lane, sums);
+                for (uint k = 0; k < a.K; k += 16 * Spread<W>::value) {
+                    if (Spread<W>::value == 1)
+                        step(a, strip, k, token, at.lane, sums);
+                    else
+                        sparse_step(a, strip, k, token, at.lane, sums);
+                }
                 for (uint h = 0; h < 2; ++h) {
                     for (uint i = 0; i < kTokens; ++i) {
                         float v = sums[h][i];

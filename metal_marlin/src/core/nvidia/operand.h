@@ -64,6 +64,25 @@ template <> struct MmaPair<bfloat> { // sm_80 has fma only
     }
 };
 
+// 32 k of weights of which every four have two: those are w, and where they stand is in the words of lanes kStep * 2 and
+// kStep * 2 + 1 of every four, as SparsePlaces says.
+template <typename T> struct SparseMma;
+#define SPARSE_MMA(T, type)                                                                                  \
+    template <> struct SparseMma<T> {                                                                        \
+        template <uint kStep>                                                                                \
+        static void mma(thread float (&d)[4], thread const uint (&w)[4], thread const uint (&x)[4],          \
+                        uint places) {                                                                       \
+            __asm__("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." type "." type ".f32 "      \
+                    "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, %13;"                \
+                    : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                         \
+                    : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(x[0]), "r"(x[1]), "r"(x[2]),           \
+                      "r"(x[3]), "r"(places), "n"(kStep));                                                   \
+        }                                                                                                    \
+    };
+SPARSE_MMA(half, "f16")
+SPARSE_MMA(bfloat, "bf16")
+#undef SPARSE_MMA
+
 static inline uint mma_permute(uint a, uint b, uint which) {
     uint d;
     __asm__("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(which));

@@ -39,15 +39,18 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         kTiles = kTokens / 8,
         kBlocks = kDepth / 64,
         kTurns = kBlocks / kAlongK, // blocks of a simdgroup
+        kSpread = Spread<W>::value,
+        kSteps = 4 / kSpread, // of a block
         kPerWord = Format::kPerWord,
         kPairs = kPerWord / 2,
         kLoads = Format::kBits / 4,
-        kBlock = 512 * kLoads,   // bytes of a strip's codes of a block
-        kXBlock = kTokens * 128, // of x's
+        kBlock = 512 * kLoads / kSpread, // bytes of a strip's codes of a block
+        kXBlock = kTokens * 128,         // of x's
         kX = kBlocks * kXBlock,
         kCodes = kRows / 16 * kBlocks * kBlock,
+        kPlaces = kSpread == 1 ? 0 : kRows / 16 * kBlocks * 128,
         kScales = kRows * (kDepth / 16) * sizeof(S), // at most
-        kStage = (kX + kCodes + kScales * (W::kAffine ? 2 : 1) + 1023) / 1024 * 1024,
+        kStage = (kX + kCodes + kPlaces + kScales * (W::kAffine ? 2 : 1) + 1023) / 1024 * 1024,
         kRoom = 226 * 1024 / kStage,
         kStages = kRoom < Schedule::kAhead ? kRoom : Schedule::kAhead,
         kSumStride = kRows + 4,
@@ -58,6 +61,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         kHandOver = Schedule::kThreads > kWorkers + kSimdWidth // of registers, from simdgroups that copy
     };
     static_assert(kStages >= 2 && kTurns >= 1 && kStrips >= 1, "RingGemm: tile");
+    static_assert(kSpread == 1 || (Format::kBits == 4 && !W::kAffine), "RingGemm: sparse weights");
     static_assert(kFew || (kTurns % 2 == 0 && kRows == 64 * kAlongN), "RingGemm: tile of four simdgroups");
     static_assert((kWhole ? kTokens * kYStride : kAlongK * kTokens * kSumStride * 4) <= kStages * kStage,
                   "RingGemm: sums take the place of stages");
@@ -85,11 +89,13 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
                             uint k) {
         const uint to = at.stages + slot * kStage + kX, full = at.full + slot * 8, strip = at.first / 16;
         const uint scales = kRows * at.held * sizeof(S);
-        PhaseBarrier::expect(full, kX + kCodes + scales * (W::kAffine ? 2 : 1));
+        PhaseBarrier::expect(full, kX + kCodes + kPlaces + scales * (W::kAffine ? 2 : 1));
         copy_box3(to, maps + 128, 0, k / 64, strip, full);
-        copy_box3(to + kCodes, maps + 256, at.first * sizeof(S), k >> a.shift, 0, full);
+        if (kSpread != 1) copy_box3(to + kCodes, maps + 512, 0, k / 64, strip, full);
+        copy_box3(to + kCodes + kPlaces, maps + 256, at.first * sizeof(S), k >> a.shift, 0, full);
         if (W::kAffine)
-            copy_box3(to + kCodes + kScales, maps + 384, at.first * sizeof(S), k >> a.shift, 0, full);
+            copy_box3(to + kCodes + kPlaces + kScales, maps + 384, at.first * sizeof(S), k >> a.shift, 0,
+                      full);
     }
     static void ask_x(thread const Place& at, ulong maps, uint slot, uint k) {
         copy_box3(at.stages + slot * kStage, maps, 0, at.token, k / 64, at.full + slot * 8);
@@ -131,7 +137,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
     };
     static Numbers numbers(thread const Place& at, uint stage, uint strip, uint j) {
         Numbers v;
-        const uint from = pair_at(at, stage + kX + kCodes, strip, j);
+        const uint from = pair_at(at, stage + kX + kCodes + kPlaces, strip, j);
         const uint2 scales = pair_bits(from);
 #pragma unroll
         for (uint h = 0; h < 2; ++h) v.scale[h] = W::Scale::value(FromBits<S>::number(scales[h]));
@@ -152,6 +158,11 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         uint4 words[kLoads];
         static Codes load(uint from) {
             Codes codes;
+            if (kSpread != 1) {
+                const uint2 both = shared_load8(from);
+                codes.words[0] = uint4(both.x, both.y, 0, 0);
+                return codes;
+            }
 #pragma unroll
             for (uint i = 0; i < kLoads; ++i) codes.words[i] = shared_load16(from + i * 512);
             return codes;
@@ -168,8 +179,12 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
             }
         }
     };
-    static uint codes_at(uint stage, uint strip, uint block) {
-        return stage + kX + (strip * kBlocks + block) * kBlock;
+    static uint codes_at(thread const Place& at, uint stage, uint strip, uint block) {
+        return stage + kX + (strip * kBlocks + block) * kBlock + at.lane * (16 / kSpread);
+    }
+    static uint places_of(thread const Place& at, uint stage, uint strip, uint block) {
+        if (kSpread == 1) return 0;
+        return shared_load4(stage + kX + kCodes + (strip * kBlocks + block) * 128 + at.lane * 4);
     }
 
     static uint join(T a) { return uint(as_type<ushort>(a)) * 0x10001u; }
@@ -179,26 +194,50 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
     typedef MmaDecode<Format, T> FewDecode;
     typedef float Sums[kTiles][4];
 
-    // The right operands of a step.
-    static void load_x(uint from, thread uint (&x)[kTiles][2]) {
+    // A step's right operands x[c], and its instruction.
+    typedef uint Right[4]; // two for every 16 k
+    static void load_x(uint from, uint x_at, uint step, thread uint (&pair)[4], thread Right (&x)[kTiles]) {
+        if (kTiles == 1) { // `pair` holds two steps of 16 k of eight tokens
+            if (kSpread != 1 || step % 2 == 0) shared_matrices(from + (x_at ^ step * kSpread << 5), pair);
 #pragma unroll
-        for (uint c = 0; c + 1 < kTiles; c += 2) {
-            uint v[4];
-            shared_matrices(from + c * 1024, v);
-            x[c][0] = v[0], x[c][1] = v[1], x[c + 1][0] = v[2], x[c + 1][1] = v[3];
+            for (uint e = 0; e < 2 * kSpread; ++e) x[0][e] = pair[kSpread == 1 ? step % 2 * 2 + e : e];
+        } else {
+#pragma unroll
+            for (uint s = 0; s < kSpread; ++s) {
+#pragma unroll
+                for (uint c = 0; c + 1 < kTiles; c += 2) {
+                    uint v[4];
+                    shared_matrices(from + (x_at ^ (step * kSpread + s) << 5) + c * 1024, v);
+#pragma unroll
+                    for (uint e = 0; e < 2; ++e) x[c][2 * s + e] = v[e], x[c + 1][2 * s + e] = v[2 + e];
+                }
+            }
         }
+    }
+    static void mma(thread float (&d)[4], thread const uint (&w)[4], thread const Right& x, uint step,
+                    uint places) {
+        if (kSpread == 1)
+            Pair::mma(d, w[0], w[1], w[2], w[3], x[0], x[1]);
+        else if (step == 0)
+            SparseMma<T>::template mma<0>(d, w, x, places);
+        else
+            SparseMma<T>::template mma<1>(d, w, x, places);
     }
 
     template <uint kRuns>
     static void few_block(thread const Place& at, uint stage, uint x_at, uint turn,
                           thread Sums (&total)[kStrips]) {
-        enum : uint { kRun = 4 / kRuns }; // steps
-        const uint block = turn * kAlongK + at.along_k;
+        enum : uint { kRun = kSteps / kRuns }; // steps
+        const uint block = turn * kAlongK + at.along_k, x_from = stage + turn * (kAlongK * kXBlock);
         Codes codes[kStrips];
+        uint places[kStrips];
 #pragma unroll
-        for (uint r = 0; r < kStrips; ++r)
-            codes[r] = Codes::load(codes_at(stage, at.along_n * kStrips + r, block) + at.lane * 16);
-        uint pair[4]; // of x: two steps of eight tokens
+        for (uint r = 0; r < kStrips; ++r) {
+            const uint strip = at.along_n * kStrips + r;
+            codes[r] = Codes::load(codes_at(at, stage, strip, block));
+            places[r] = places_of(at, stage, strip, block);
+        }
+        uint pair[4];
 #pragma unroll
         for (uint run = 0; run < kRuns; ++run) {
             Sums part[kStrips], ones;
@@ -213,22 +252,15 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
             }
 #pragma unroll
             for (uint i = 0; i < kRun; ++i) {
-                const uint step = run * kRun + i,
-                           from = stage + (x_at ^ step << 5) + turn * (kAlongK * kXBlock);
-                uint x[kTiles][2];
-                if (kTiles == 1) {
-                    if (step % 2 == 0) shared_matrices(from, pair);
-                    x[0][0] = pair[step % 2 * 2], x[0][1] = pair[step % 2 * 2 + 1];
-                } else {
-                    load_x(from, x);
-                }
+                const uint step = run * kRun + i;
+                Right x[kTiles];
+                load_x(x_from, x_at, step, pair, x);
 #pragma unroll
                 for (uint r = 0; r < kStrips; ++r) {
                     uint w[4];
                     codes[r].template operand<FewDecode>(step, w);
 #pragma unroll
-                    for (uint c = 0; c < kTiles; ++c)
-                        Pair::mma(part[r][c], w[0], w[1], w[2], w[3], x[c][0], x[c][1]);
+                    for (uint c = 0; c < kTiles; ++c) mma(part[r][c], w, x[c], step, places[r]);
                 }
                 if (W::kAffine) {
                     const uint one = join(T(1));
@@ -282,8 +314,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
 
     template <uint kRuns>
     static void decode(thread const Place& at, uint stage, uint block, thread const float (&inverse)[2],
-                       thread uint (&left)[4][4]) {
-        const Codes codes = Codes::load(codes_at(stage, at.along_n, block) + at.lane * 16);
+                       thread uint (&left)[kSteps][4]) {
+        const Codes codes = Codes::load(codes_at(at, stage, at.along_n, block));
         uint scales[2][kRuns], shifts[2][kRuns], offsets[2][kRuns];
 #pragma unroll
         for (uint run = 0; run < kRuns; ++run) {
@@ -296,12 +328,12 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
             }
         }
 #pragma unroll
-        for (uint step = 0; step < 4; ++step) {
+        for (uint step = 0; step < kSteps; ++step) {
             uint w[4];
             codes.template operand<ManyDecode>(step, w);
 #pragma unroll
             for (uint i = 0; i < 4; ++i) {
-                const uint h = i % 2, run = step * kRuns / 4;
+                const uint h = i % 2, run = step * kRuns / kSteps;
                 if (W::kZero) w[i] = Pair::plus(w[i], shifts[h][run]);
                 left[step][i] = W::kBias ? Pair::fma(w[i], scales[h][run], offsets[h][run])
                                          : Pair::times(w[i], scales[h][run]);
@@ -309,11 +341,21 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         }
     }
 
+    static void mma(thread float (&d)[kTokens / 2], thread const uint (&w)[4], uint x, uint step,
+                    uint places) {
+        if (kSpread == 1)
+            Wgmma<T, kTokens>::mma(d, w, x + 2 * step);
+        else if (step == 0)
+            Wgmma<T, kTokens>::template sparse<0>(d, w, places, x);
+        else
+            Wgmma<T, kTokens>::template sparse<1>(d, w, places, x + 4);
+    }
+
     template <uint kRuns>
     static void many(thread const Place& at, thread const float (&inverse)[2],
                      thread float (&d)[kTokens / 2]) {
         Turn turn = {0, 0};
-        uint before = 0, left[2][4][4];
+        uint before = 0, left[2][kSteps][4], places[2];
         for (uint i = 0; i < at.count; ++i) {
             PhaseBarrier::wait(at.full + turn.slot * 8, turn.parity);
             const uint stage = at.stages + turn.slot * kStage;
@@ -322,11 +364,12 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
                 const uint block = t * kAlongK + at.along_k;
                 // the instructions of the block before may still be running: they read the other left operands
                 decode<kRuns>(at, stage, block, inverse, left[t % 2]);
+                places[t % 2] = places_of(at, stage, at.along_n, block);
                 WgmmaGroup::fence();
 #pragma unroll
-                for (uint step = 0; step < 4; ++step)
-                    Wgmma<T, kTokens>::mma(d, left[t % 2][step],
-                                           WgmmaGroup::describe(stage + block * kXBlock) + 2 * step);
+                for (uint step = 0; step < kSteps; ++step)
+                    mma(d, left[t % 2][step], WgmmaGroup::describe(stage + block * kXBlock), step,
+                        places[t % 2]);
                 WgmmaGroup::commit();
                 WgmmaGroup::wait<1>();
                 if (t == 0 && i > 0 && at.lane == 0) PhaseBarrier::arrive(at.empty + before * 8);
@@ -428,7 +471,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         else if (a.shift == 5)
             few<2>(at, total);
         else
-            few<4>(at, total);
+            few<kSteps>(at, total);
         meet(); // all stages have been read
         const float unit = FewDecode::kUnit * a.factor();
 #pragma unroll
@@ -458,7 +501,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         else if (a.shift == 5)
             many<2>(at, inverse, d);
         else
-            many<4>(at, inverse, d);
+            many<kSteps>(at, inverse, d);
         power[0] *= a.factor(), power[1] *= a.factor();
         meet(); // all stages have been read
         if (kWhole) {

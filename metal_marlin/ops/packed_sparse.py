@@ -1,0 +1,205 @@
+"""linear_packed_sparse: y = x · Wᵀ with 2:4 sparse W in operand order, for any number of tokens."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from metal_marlin.errors import ArgumentError
+from metal_marlin.formats import codec, operands, sparse
+from metal_marlin.ops.linear_sparse import Case, check, weights
+from metal_marlin.ops.packed import Plan, by_group, has_rows, maps_of
+from metal_marlin.ops.packed_tiles import DEPTHS, TILES, fastest
+from metal_marlin.ops.selfcheck import rounded_check
+from metal_marlin.ops.spec import Check, OpSpec
+from metal_marlin.ops.weights import library, read_row, row_name
+from metal_marlin.runtime.dispatch import dispatch_kernel
+from metal_marlin.runtime.tensor_map import NONE, strip_map
+
+FAMILY = "packed_sparse.metal"
+FORMATS = ("fp4", "mxfp4", "int4")  # scales of 32 weights at least, no zeros
+_OF = sparse.pattern("2:4")
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    M: int, N: int, K: int, dtype: torch.dtype, scale_dtype: torch.dtype, format: str = "fp4", kernel: str | None = None
+) -> Plan:
+    """The row and grid for x [M, K]; ``kernel`` asks for a tile, such as "packed_sparse_fp4__m32x8".
+    Raises ArgumentError for what has no row."""
+    base, _, tile = (kernel or f"packed_sparse_{format}").partition("__m")
+    if format not in FORMATS or not has_rows(dtype, scale_dtype, format):
+        raise ArgumentError(
+            f"linear_packed_sparse: x is {dtype}, scales {scale_dtype}, format {format!r}; it takes torch.float16 and "
+            f"torch.bfloat16, scales alike, {', '.join(FORMATS)}"
+        )
+    if base != f"packed_sparse_{format}" or (tile and tile not in TILES):
+        raise ArgumentError(
+            f"linear_packed_sparse: kernel is {kernel!r}; tiles of packed_sparse_{format} are {', '.join(TILES)}"
+        )
+    tile = tile or fastest(M, N, K)
+    t = TILES[tile]
+    row = row_name("linear_packed_sparse", base, (base,), dtype, scale_dtype, format, "none", tile)
+    return Plan(row, (-(-N // t.rows), -(-M // t.tokens), t.parts), t.threads, tile)
+
+
+def linear_packed_sparse_ref(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    places: torch.Tensor,
+    scales: torch.Tensor,
+    powers: torch.Tensor,
+    group_size: int,
+    *,
+    format: str = "fp4",
+) -> torch.Tensor:
+    """The meaning, in float64: the weights back in canonical order, decoded."""
+    form = codec(format)
+    codes, places, scales = operands.unpack_sparse(form, codes, places, scales)
+    return x.double() @ sparse.decode(form, _OF, codes, places, scales, None, x.shape[-1], group_size).T
+
+
+def linear_packed_sparse(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    places: torch.Tensor,
+    scales: torch.Tensor,
+    powers: torch.Tensor,
+    group_size: int,
+    *,
+    format: str = "fp4",
+    kernel: str | None = None,
+) -> torch.Tensor:
+    """y [..., N] = x [..., K] · Wᵀ with 2:4 sparse weights in the layout "mma16" of ``SparseTensor.prepack``.
+
+    x: half or bfloat16, contiguous, K a multiple of 64. codes int32 [N, K / 16], places int32 [N, K / 32], scales (x's
+    dtype, or bytes) of groups of 32 or more, powers float32 [N]: the packed tensor's, N a multiple of 16. kernel: a tile,
+    for measurements. Sums are float32, y is rounded once. Made for the sparse matrix instructions of CUDA devices of
+    compute capability 9.0; others compute it by plain code. Differentiable in x. Raises ArgumentError naming the argument
+    and the numbers.
+    """
+    return torch.ops.metal_marlin.linear_packed_sparse(x, codes, places, scales, powers, format, group_size, kernel)
+
+
+def _check(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    places: torch.Tensor,
+    scales: torch.Tensor,
+    powers: torch.Tensor,
+    format: str,
+    group_size: int,
+) -> tuple[int, int, int]:
+    M, N, K = check("linear_packed_sparse", x, codes, places, scales, None, _OF, format, "none", group_size)
+    if N % 16 or K % 64 or (group_size < 32):
+        raise ArgumentError(
+            f"linear_packed_sparse: W is [{N}, {K}], group_size = {group_size}; the layout takes N % 16 = 0, K % 64 = 0 "
+            f"and groups of 32 or more"
+        )
+    if powers.shape != (N,) or powers.dtype != torch.float32:
+        raise ArgumentError(
+            f"linear_packed_sparse: powers is {powers.dtype} {tuple(powers.shape)}; needs torch.float32 {(N,)}"
+        )
+    return M, N, K
+
+
+def _run(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    places: torch.Tensor,
+    scales: torch.Tensor,
+    powers: torch.Tensor,
+    format: str,
+    group_size: int,
+    kernel: str | None,
+) -> torch.Tensor:
+    M, N, K = _check(x, codes, places, scales, powers, format, group_size)
+    p = plan(max(M, 1), N, K, x.dtype, scales.dtype, format, kernel)
+    out = x.new_empty((*x.shape[:-1], N))
+    if out.numel() == 0:
+        return out
+    scales, maps, tile = by_group(scales), 5 * NONE, TILES[p.tile]
+    if x.is_cuda:
+        x = x.clone() if x.data_ptr() % 16 else x
+        tensors = (x.data_ptr(), codes.data_ptr(), scales.data_ptr(), 0)
+        maps = maps_of(p.tile, codec(format).bits // _OF.kept, scales.itemsize, M, N, K, group_size, *tensors)
+        maps += strip_map(places.data_ptr(), N // 16, K // 64, 128, tile.rows // 16, DEPTHS[p.tile] // 64)
+    shape = {"M": M, "N": N, "K": K, "group": group_size, "rows": tile.rows, "tokens": tile.tokens, "aligned": 1}
+    dispatch_kernel(
+        library(FAMILY, str(x.device)),
+        p.kernel,
+        threadgroups=p.threadgroups,
+        threads_per_threadgroup=p.threads,
+        args=(x, codes, places, scales, powers, out, shape, maps),
+    )
+    return out
+
+
+def _fake(x: torch.Tensor, codes: torch.Tensor, *more: Any) -> torch.Tensor:
+    _check(x, codes, *more[:-1])
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, codes, places, scales, _, *ctx.said, _ = inputs
+    ctx.columns = x.shape[-1]
+    ctx.save_for_backward(codes, places, scales)
+
+
+def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Of x: grad [..., N] · W [N, K]."""
+    format, group = ctx.said
+    form = codec(format)
+    codes, places, scales = operands.unpack_sparse(form, *ctx.saved_tensors)
+    weight = sparse.decode(form, _OF, codes, places, scales, None, ctx.columns, group, dtype=grad.dtype)
+    return (grad @ weight, *(None,) * 7)
+
+
+_torch = torch.library.Library("metal_marlin", "FRAGMENT")
+_torch.define(
+    "linear_packed_sparse(Tensor x, Tensor codes, Tensor places, Tensor scales, Tensor powers, str format, "
+    "int group_size, str? kernel) -> Tensor"
+)
+for _device in ("CPU", "CUDA", "MPS"):
+    _torch.impl("linear_packed_sparse", _run, _device)
+torch.library.register_fake("metal_marlin::linear_packed_sparse", _fake, lib=_torch)
+torch.library.register_autograd("metal_marlin::linear_packed_sparse", _gradient, setup_context=_keep)
+
+
+def packed(case: Case, device: str = "cpu") -> tuple[torch.Tensor, ...]:
+    """x, codes, places, scales and powers of a case."""
+    x, codes, places, scales, _ = case.tensors()
+    assert x is not None and codes is not None and places is not None and scales is not None
+    codes, places, scales, powers = operands.pack_sparse(codec(case.format), codes, places, scales)
+    return tuple(t.to(device) for t in (x, codes, places, scales, powers))
+
+
+def _case_check(case: Case, device: str, kernel: str | None) -> Check:
+    y = linear_packed_sparse(*packed(case, device), case.group, format=case.format, kernel=kernel)  # type: ignore[call-arg]
+    return rounded_check(y, *weights(case))
+
+
+def _row_case(name: str) -> tuple[Case, str]:
+    base, dtype, _, _ = read_row(name)
+    format = base.partition("__m")[0].removeprefix("packed_sparse_")
+    return Case(9, 48, 192, 32, dtype, format), base
+
+
+_HALVES = (torch.float16, torch.bfloat16)
+CASES: tuple[Case, ...] = (
+    *(Case(M, 80, 320, 64, d) for M in (1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 65, 130) for d in _HALVES),
+    *(Case(5, N, 128, 64, d) for N in (16, 32, 48, 144) for d in _HALVES),
+    *(Case(11, 48, 576, g, d) for g in (32, 64, 576) for d in _HALVES),
+    *(Case(3, 32, 1088, g, d) for g in (128, 256) for d in _HALVES),
+    *(Case(M, 48, 320, 32, d, f) for f in FORMATS for M in (4, 40) for d in _HALVES),
+    *(
+        Case(M, N, K, 128, model="large")
+        for M in (1, 16, 512)
+        for N, K in ((4096, 4096), (14336, 4096), (4096, 14336))
+    ),
+)
+OP = OpSpec(
+    "linear_packed_sparse", FAMILY, linear_packed_sparse_ref, CASES, "bench/sparse.py", ("*",), _case_check, _row_case
+)
