@@ -86,8 +86,8 @@ def pattern(name: str) -> Pattern:
 
 
 def compress(form: Codec, of: Pattern, codes: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Kept codes int32 [N, K · n / m / 8] and places int32 of codes [N, K / 8] whose weights are 0 where ``kept`` [N, K]
-    is false."""
+    """Kept codes int32 [N, K · n / m / 8] and places int32 of codes [N, K / 8]; ``kept`` [N, K] is false where weights
+    are 0."""
     places = of.places(kept)
     return form.pack(form.unpack(codes).gather(1, of.columns(places)).contiguous()), of.pack(places)
 

@@ -23,6 +23,7 @@ from metal_marlin.runtime.dispatch import dispatch_kernel
 FAMILY = "sparse_gemm.metal"
 NM = "marlin_gemm_sparse_nm"
 FUSED = "marlin_gemm_sparse_fp4_fused"
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -87,12 +88,12 @@ def linear_sparse(
 ) -> torch.Tensor:
     """y [..., N] = x [..., K] · Wᵀ with weights that ``metal_marlin.quant.quantize_sparse`` made.
 
-    x: half, bfloat16 or float32, contiguous, on cpu, cuda or mps; K a multiple of 16, of patterns that keep a quarter 32.
-    codes: int32 [N, K · n / m / 8] of the kept weights; places: int32 [N, ⌈K · n / m · b / 32⌉], of b = 2 bits (of 4) or
-    3 (of 8) each; scales [N, groups] (x's dtype, or bytes), zeros and extra: of groups of all weights, as
-    ``marlin_gemm`` takes them. pattern: "n:m", one of ``formats.sparse.PATTERNS``; others than 2:4 for fp4. kernel: a row,
-    for measurements. Sums are float32, y is rounded once. Differentiable in x. Raises ArgumentError naming the argument
-    and the numbers.
+    x: half, bfloat16 or float32, contiguous, on cpu, cuda or mps; K a multiple of 16, where a quarter is kept of 32.
+    codes: int32 [N, K · n / m / 8] of the kept weights; places: int32 [N, ⌈K · n / m · b / 32⌉], b bits each: 2 (of 4
+    weights) or 3 (of 8); scales [N, groups] (x's dtype, or bytes), zeros and extra: of groups of all weights, as
+    ``marlin_gemm`` takes them. pattern: "n:m", one of ``formats.sparse.PATTERNS``; others than 2:4 for fp4. kernel: a
+    row, for measurements. Sums are float32, y is rounded once. Differentiable in x. Raises ArgumentError naming the
+    argument and the numbers.
     """
     return torch.ops.metal_marlin.linear_sparse(
         x, codes, places, scales, extra, pattern, format, zeros, group_size, kernel
@@ -220,27 +221,27 @@ class Case:
         """The case of all weights."""
         return dense.Case(self.M, self.N, self.K, self.group, self.dtype, None, self.format, self.zeros, self.model)
 
-    def tensors(self, device: str = "cpu") -> tuple[torch.Tensor | None, ...]:
+    def tensors(self, device: str = "cpu") -> Tensors:
         """x, codes, places, scales, extra; which weights are kept is random."""
         x, codes, scales, extra = self.dense.tensors()
         of = pattern(self.of)
         order = torch.rand(self.N, self.K // of.of, of.of, generator=torch.Generator().manual_seed(1)).argsort(-1)
         codes, places = sparse.compress(codec(self.format), of, codes, (order < of.kept).flatten(1))
-        return tuple(None if t is None else t.to(device) for t in (x, codes, places, scales, extra))
+        more = None if extra is None else extra.to(device)
+        return x.to(device), codes.to(device), places.to(device), scales.to(device), more
 
 
 def case_check(case: Case, device: str, kernel: str | None) -> Check:
     """As ``product_check``, with the weights that were kept."""
-    x, codes, places, scales, extra = (None if t is None else t.to(device) for t in case.tensors())
+    x, codes, places, scales, extra = case.tensors(device)
     more: Any = {"pattern": case.of, "format": case.format, "zeros": case.zeros, "extra": extra}
-    y = linear_sparse(x, codes, places, scales, case.group, kernel=kernel, **more)  # type: ignore[arg-type]
+    y = linear_sparse(x, codes, places, scales, case.group, kernel=kernel, **more)
     return rounded_check(y, *weights(case))
 
 
-def weights(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+def weights(case: Case, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
     """x, and the decoded weights in float64."""
-    x, codes, places, scales, extra = case.tensors()
-    assert x is not None and codes is not None and places is not None and scales is not None
+    x, codes, places, scales, extra = case.tensors(device)
     form, of = codec(case.format), pattern(case.of)
     return x, sparse.decode(form, of, codes, places, scales, extra, case.K, case.group, case.zeros)
 
@@ -250,7 +251,7 @@ def _row_case(name: str) -> tuple[Case, str]:
     of = re.search(r"_p(\d)of(\d)", name)
     format = base.split("_")[3].replace("nm", "fp4")
     group = next(g for g in (64, 32, 16) if g in codec(format).groups)
-    return Case(9, 33, 192, group, dtype, format, zeros,  f"{of[1]}:{of[2]}" if of else "2:4"), base
+    return Case(9, 33, 192, group, dtype, format, zeros, f"{of[1]}:{of[2]}" if of else "2:4"), base
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -74,11 +74,11 @@ def linear_packed_sparse(
 ) -> torch.Tensor:
     """y [..., N] = x [..., K] · Wᵀ with 2:4 sparse weights in the layout "mma16" of ``SparseTensor.prepack``.
 
-    x: half or bfloat16, contiguous, K a multiple of 64. codes int32 [N, K / 16], places int32 [N, K / 32], scales (x's
-    dtype, or bytes) of groups of 32 or more, powers float32 [N]: the packed tensor's, N a multiple of 16. kernel: a tile,
-    for measurements. Sums are float32, y is rounded once. Made for the sparse matrix instructions of CUDA devices of
-    compute capability 9.0; others compute it by plain code. Differentiable in x. Raises ArgumentError naming the argument
-    and the numbers.
+    x: half or bfloat16, contiguous, K a multiple of 64. codes int32 [N, K / 16], places int32 [N, K / 32], scales
+    (x's dtype, or bytes) of groups of 32 or more, powers float32 [N]: the packed tensor's, N a multiple of 16. kernel:
+    a tile, for measurements. Sums are float32, y is rounded once. Made for the sparse matrix instructions of CUDA
+    devices of compute capability 9.0; others compute it by plain code. Differentiable in x. Raises ArgumentError naming
+    the argument and the numbers.
     """
     return torch.ops.metal_marlin.linear_packed_sparse(x, codes, places, scales, powers, format, group_size, kernel)
 
@@ -95,8 +95,8 @@ def _check(
     M, N, K = check("linear_packed_sparse", x, codes, places, scales, None, _OF, format, "none", group_size)
     if N % 16 or K % 64 or (group_size < 32):
         raise ArgumentError(
-            f"linear_packed_sparse: W is [{N}, {K}], group_size = {group_size}; the layout takes N % 16 = 0, K % 64 = 0 "
-            f"and groups of 32 or more"
+            f"linear_packed_sparse: W is [{N}, {K}], group_size = {group_size}; the layout takes N % 16 = 0, "
+            f"K % 64 = 0 and groups of 32 or more"
         )
     if powers.shape != (N,) or powers.dtype != torch.float32:
         raise ArgumentError(
@@ -171,13 +171,14 @@ torch.library.register_autograd("metal_marlin::linear_packed_sparse", _gradient,
 def packed(case: Case, device: str = "cpu") -> tuple[torch.Tensor, ...]:
     """x, codes, places, scales and powers of a case."""
     x, codes, places, scales, _ = case.tensors()
-    assert x is not None and codes is not None and places is not None and scales is not None
     codes, places, scales, powers = operands.pack_sparse(codec(case.format), codes, places, scales)
     return tuple(t.to(device) for t in (x, codes, places, scales, powers))
 
 
-def _case_check(case: Case, device: str, kernel: str | None) -> Check:
-    y = linear_packed_sparse(*packed(case, device), case.group, format=case.format, kernel=kernel)  # type: ignore[call-arg]
+def case_check(case: Case, device: str, kernel: str | None) -> Check:
+    x, codes, places, scales, powers = packed(case, device)
+    more: dict[str, Any] = {"format": case.format, "kernel": kernel}
+    y = linear_packed_sparse(x, codes, places, scales, powers, case.group, **more)
     return rounded_check(y, *weights(case))
 
 
@@ -194,12 +195,8 @@ CASES: tuple[Case, ...] = (
     *(Case(11, 48, 576, g, d) for g in (32, 64, 576) for d in _HALVES),
     *(Case(3, 32, 1088, g, d) for g in (128, 256) for d in _HALVES),
     *(Case(M, 48, 320, 32, d, f) for f in FORMATS for M in (4, 40) for d in _HALVES),
-    *(
-        Case(M, N, K, 128, model="large")
-        for M in (1, 16, 512)
-        for N, K in ((4096, 4096), (14336, 4096), (4096, 14336))
-    ),
+    *(Case(M, N, K, 128, model="large") for M in (1, 16, 512) for N, K in ((4096, 4096), (14336, 4096), (4096, 14336))),
 )
 OP = OpSpec(
-    "linear_packed_sparse", FAMILY, linear_packed_sparse_ref, CASES, "bench/sparse.py", ("*",), _case_check, _row_case
+    "linear_packed_sparse", FAMILY, linear_packed_sparse_ref, CASES, "bench/sparse.py", ("*",), case_check, _row_case
 )

@@ -45,8 +45,8 @@ def product_check(op: Callable[..., torch.Tensor], case: Any, device: str, kerne
 
 
 def rounded_check(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor) -> Check:
-    """Per row of y within twice the error of multiplying x with W [N, K] (float64) in x's dtype, and roundings of partial
-    sums."""
+    """Per row of y within twice the error of multiplying x with W [N, K] (float64) in x's dtype, and roundings of
+    partial sums."""
     y, exact = y.cpu().double(), x.double() @ W.T
     theirs = ((x @ W.to(x.dtype).T).double() - exact).norm(dim=-1)
     sums, number = (x.double().abs() @ W.abs().T).norm(dim=-1), torch.finfo(x.dtype)

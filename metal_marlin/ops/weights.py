@@ -27,9 +27,8 @@ def row_name(
     tile: str = "",
     pattern: str = "",
 ) -> str:
-    """The host name of a kernel's row: ``base`` (one of ``known``) and keys; ``tile``, ``pattern``: where they are not the
-    usual ones.
-    Raises ArgumentError in the name of ``op`` for what has no row."""
+    """The host name of a kernel's row: ``base`` (one of ``known``) and keys; ``tile`` and ``pattern``: other than the
+    usual ones. Raises ArgumentError in the name of ``op`` for what has no row."""
     form = codec(format)
     if base not in known:
         raise ArgumentError(f"{op}: kernel is {base!r}; {format} has {', '.join(known)}")

@@ -16,7 +16,7 @@ template <typename W, uint kWeights> struct TileRun {
     typename W::Group groups[kWeights / kRun];
 
     template <typename Arguments> void fetch(thread const Arguments& a, uint matrix, uint n, uint k) {
-        fetch_words(a.codes_of(matrix, n), k, a.K, a.aligned, words);
+        fetch_words(a.codes_of(matrix, n), k, a.K, a.aligned);
         const typename W::Row of = a.row_of(matrix, n);
 #pragma unroll
         for (uint i = 0; i < kWeights / kRun; ++i) groups[i] = of.group(a.group(k + i * kRun));
@@ -42,8 +42,7 @@ template <typename W, uint kWeights> struct TileRun {
 
 private:
     // Words of codes of W from weight k of a row on; 0 behind the end.
-    static void fetch_words(device const uint* row, uint k, uint K, bool aligned,
-                            thread uint (&words)[kWords]) {
+    void fetch_words(device const uint* row, uint k, uint K, bool aligned) {
         const uint first = k / kPerWord;
         device const uint* from = row + first;
         if (Memory::kSize != 32) {

@@ -61,6 +61,26 @@ struct Panel {
     float w[kDepth][kRows];
 };
 
+// A group of 16 rows.
+template <typename W> struct WideGroups {
+    Wide scale, zero, bias;
+
+    static WideGroups of(thread const typename W::Row (&rows)[16], uint g) {
+        float scale[16], zero[16], bias[16];
+        for (uint r = 0; r < 16; ++r) {
+            const typename W::Group group = rows[r].group(g);
+            scale[r] = group.scale, zero[r] = group.zero, bias[r] = group.bias;
+        }
+        return {wide_load<Wide>(scale), wide_load<Wide>(zero), wide_load<Wide>(bias)};
+    }
+    Wide weights(Wide w) const {
+        if (W::kZero) w -= zero;
+        w *= scale;
+        if (W::kBias) w += bias;
+        return w;
+    }
+};
+
 template <typename W, typename T> struct PanelDecoder {
     typedef typename W::Format Format;
     typedef CodeWords<Format> Memory;
@@ -69,20 +89,6 @@ template <typename W, typename T> struct PanelDecoder {
     static_assert(Panel::kDepth % (16 * kPerWord) == 0,
                   "PanelDecoder: words of codes are decoded 16 at a time");
     WideCodes<Format> codes;
-
-    // Scales of 16 rows.
-    struct Groups {
-        Wide scale, zero, bias;
-    };
-
-    static void groups(thread const typename W::Row (&rows)[16], uint g, thread Groups& to) {
-        float scale[16], zero[16], bias[16];
-        for (uint r = 0; r < 16; ++r) {
-            const typename W::Group group = rows[r].group(g);
-            scale[r] = group.scale, zero[r] = group.zero, bias[r] = group.bias;
-        }
-        to.scale = wide_load<Wide>(scale), to.zero = wide_load<Wide>(zero), to.bias = wide_load<Wide>(bias);
-    }
 
     // Weights k0 ... k0 + depth of Panel::kRows rows from `first` on of the threadgroup's, which begin with `row`; `apart` rows
     // of one matrix, then those of the other.
@@ -98,7 +104,7 @@ template <typename W, typename T> struct PanelDecoder {
                 rows[r] = a.row_of(matrix, n);
                 from[r] = a.codes_of(matrix, n) + Memory::stored(k0);
             }
-            Groups g;
+            WideGroups<W> g;
             uint group = ~0u;
             for (uint j0 = 0; j0 < words; j0 += 16) {
                 const uint count = min(16u, words - j0), begin = Memory::stored(j0 * kPerWord);
@@ -115,14 +121,10 @@ template <typename W, typename T> struct PanelDecoder {
                 wide_transpose(q);
                 for (uint j = 0; j < count; ++j) {
                     const uint k = (j0 + j) * kPerWord, now = a.group(k0 + k);
-                    if (now != group) groups(rows, group = now, g);
+                    if (now != group) g = WideGroups<W>::of(rows, group = now);
 #pragma unroll
                     for (uint i = 0; i < kPerWord; ++i) {
-                        Wide w = codes.of(q[j], i);
-                        if (W::kZero) w -= g.zero;
-                        w *= g.scale;
-                        if (W::kBias) w += g.bias;
-                        wide_store(&panel.w[k + i][16 * v], w);
+                        wide_store(&panel.w[k + i][16 * v], g.weights(codes.of(q[j], i)));
                     }
                 }
             }
