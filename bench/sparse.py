@@ -11,7 +11,8 @@ rotate past the last-level cache; on NVIDIA GPUs the launches are a CUDA graph's
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,62 +41,68 @@ from metal_marlin.ops.packed_tiles import TILES
 Product = Callable[[int], torch.Tensor]
 
 
-def copies(tensors: tuple[Any, ...], sets: int) -> list[tuple[Any, ...]]:
-    """The same numbers in memory of their own, strides kept."""
-    return [tuple(None if t is None else t.clone() for t in tensors) for _ in range(sets)]
+class Weights:
+    """W of a shape, sparse and with all weights kept, and x of most tokens; sets are the same numbers elsewhere."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        hopper = device.startswith("cuda") and torch.cuda.get_device_capability(device) == (9, 0)
+        self.packed, self.device = hopper and case.format in PACKED, device
+        self.sets = sets_needed(case.N * case.K * 3 // 8, device, most=8)
+        self.x, *parts = case.tensors(device)
+        self.W = weights(case, device)[1].float()
+        self.sparse, self.dense = self._copies(parts), self._copies(case.dense.tensors(device)[1:])
+        if self.packed:
+            codes, places, scales = self.sparse[0][:3]
+            self.ordered = self._copies(operands.pack_sparse(codec(case.format), codes, places, scales))
+            whole = packed_of(case.dense, (self.x, *self.dense[0]))
+            self.dense = self._copies((whole.codes, whole.scales, whole.powers))
+
+    def _copies(self, tensors: Iterable[torch.Tensor | None]) -> list[tuple[Any, ...]]:
+        return [tuple(None if t is None else t.clone() for t in list(tensors)) for _ in range(self.sets)]
 
 
-def dense(case: Case, device: str, sets: int, packed: bool) -> Candidate:
-    """The product with as many weights that are all kept."""
-    whole = case.dense
-    data = copies(whole.tensors(device), sets)
-    out = data[0][0].new_empty(case.M, case.N)
-    if not packed:
-        return lambda i: linear(*data[i][:3], case.group, format=case.format, extra=data[i][3], out=out)
-    w = packed_of(whole, data[0])
-    assert w.powers is not None
-    ordered = copies((w.codes, w.scales, w.powers), sets)
-    return lambda i: linear_packed(data[i][0], *ordered[i], case.group, format=case.format, out=out)
+def candidates(case: Case, of: Weights, tiles: list[str]) -> tuple[dict[str, Candidate], float]:
+    """What to time, and the largest error of the sparse products."""
+    x = of.x[: case.M].contiguous()
+    out = x.new_empty(case.M, case.N)
+    options: dict[str, Any] = {"format": case.format}
 
+    def canonical(i: int) -> torch.Tensor:
+        codes, places, scales, extra = of.sparse[i]
+        return linear_sparse(x, codes, places, scales, case.group, extra=extra, **options)
 
-def packed(case: Case, data: list[tuple[torch.Tensor, ...]], kernel: str | None) -> Product:
-    return lambda i: linear_packed_sparse(*data[i], case.group, format=case.format, kernel=kernel)
+    def packed(kernel: str | None) -> Product:
+        return lambda i: linear_packed_sparse(x, *of.ordered[i], case.group, kernel=kernel, **options)
 
+    def dense(i: int) -> None:
+        if of.packed:
+            linear_packed(x, *of.dense[i], case.group, out=out, **options)
+        else:
+            codes, scales, extra = of.dense[i]
+            linear(x, codes, scales, case.group, extra=extra, out=out, **options)
 
-def candidates(case: Case, device: str, sets: int, tiles: list[str]) -> tuple[dict[str, Candidate], float]:
-    """What to time, and the largest error of the sparse products. Sets hold the same weights in memory of their own."""
-    data = copies(case.tensors(device), sets)
-    found: dict[str, Product] = {
-        "canonical": lambda i: linear_sparse(*data[i][:4], case.group, format=case.format, extra=data[i][4])
-    }
-    hopper = device.startswith("cuda") and torch.cuda.get_device_capability(device) == (9, 0)
-    if hopper and case.format in PACKED:
-        x, codes, places, scales, _ = data[0]
-        sparse = copies((x, *operands.pack_sparse(codec(case.format), codes, places, scales)), sets)
-        found |= {kernel or "linear_packed_sparse": packed(case, sparse, kernel) for kernel in (None, *tiles)}
-    x, W = weights(case, device)
-    wanted, error = x.float() @ W.float().T, 0.0
+    found: dict[str, Product] = {"canonical": canonical}
+    if of.packed:
+        found |= {kernel or "linear_packed_sparse": packed(kernel) for kernel in (None, *tiles)}
+    wanted, error = x.float() @ of.W.T, 0.0
     for name, call in found.items():
-        got = call(sets - 1)
-        synchronize(device)
+        got = call(of.sets - 1)
+        synchronize(of.device)
         error = max(error, require_correct(f"{case} {name}", got, wanted, LIMITS[case.dtype]))
-    return {**found, "dense": dense(case, device, sets, hopper and case.format in PACKED)}, error
+    return {**found, "dense": dense}, error
 
 
-def measure(case: Case, device: str, tiled: bool) -> list[tuple[str, ...]]:
-    moved = case.N * case.K * 3 // 8 + case.M * (case.N + case.K) * case.dtype.itemsize
-    sets = sets_needed(moved, device, most=8)
+def measure(case: Case, of: Weights, tiled: bool) -> list[tuple[str, ...]]:
     tiles = [f"packed_sparse_{case.format}__m{t}" for t in TILES.values() if suits(t, case.M)] if tiled else []
-    calls, error = candidates(case, device, sets, tiles)
-    if device.startswith("cuda"):
-        times = graph_times(calls, device, inner=max(16, sets), sets=sets)
+    calls, error = candidates(case, of, tiles)
+    if of.device.startswith("cuda"):
+        times = graph_times(calls, of.device, inner=max(16, of.sets), sets=of.sets)
     else:
-        times = host_times(
-            calls, device, inner=max(1, min(64, int(5e9 / (case.M * case.N * case.K)))), rounds=9, sets=sets
-        )
+        inner = max(1, min(64, int(5e9 / (case.M * case.N * case.K))))
+        times = host_times(calls, of.device, inner=inner, rounds=9, sets=of.sets)
     rows: list[tuple[str, ...]] = []
     for name, t in times.items():
-        save("sparse", str(case), name, t, device, operations=2 * case.M * case.N * case.K, error=error)
+        save("sparse", str(case), name, t, of.device, operations=2 * case.M * case.N * case.K, error=error)
         speed = times["dense"].median / t.median
         rows.append(
             (str(case), name, f"{t.median:.1f}", f"{t.p20:.1f}", f"{t.p80:.1f}", f"{speed:.2f}", f"{error:.1e}")
@@ -118,10 +125,11 @@ def main() -> None:
         for shape in shapes(options.shapes):
             for name in options.format:
                 for dtype in options.dtype or (["f32"] if device == "cpu" else ["half"]):
+                    group = group_of(name, options.group)
+                    most = Case(max(options.tokens), shape.N, shape.K, group, DTYPES[dtype], name, model=shape.model)
+                    of = Weights(most, device)
                     for tokens in options.tokens:
-                        group = group_of(name, options.group)
-                        case = Case(tokens, shape.N, shape.K, group, DTYPES[dtype], name, model=shape.model)
-                        rows += measure(case, device, options.tiles)
+                        rows += measure(replace(most, M=tokens), of, options.tiles)
         table(device, [("case", "candidate", "µs", "p20", "p80", "of dense", "error"), *rows])
 
 
