@@ -36,7 +36,7 @@ from metal_marlin.ops.linear_sparse import Case, linear_sparse, weights
 from metal_marlin.ops.packed import linear_packed
 from metal_marlin.ops.packed_sparse import FORMATS as PACKED
 from metal_marlin.ops.packed_sparse import linear_packed_sparse
-from metal_marlin.ops.packed_tiles import TILES
+from metal_marlin.ops.packed_tiles import SPARSE
 
 Product = Callable[[int], torch.Tensor]
 
@@ -93,7 +93,7 @@ def candidates(case: Case, of: Weights, tiles: list[str]) -> tuple[dict[str, Can
 
 
 def measure(case: Case, of: Weights, tiled: bool) -> list[tuple[str, ...]]:
-    tiles = [f"packed_sparse_{case.format}__m{t}" for t in TILES.values() if suits(t, case.M)] if tiled else []
+    tiles = [f"packed_sparse_{case.format}__m{t}" for t in SPARSE.values() if suits(t, case.M)] if tiled else []
     calls, error = candidates(case, of, tiles)
     if of.device.startswith("cuda"):
         times = graph_times(calls, of.device, inner=max(16, of.sets), sets=of.sets)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from metal_marlin.errors import ArgumentError
+from metal_marlin.formats import CANONICAL
 from metal_marlin.nn.linear import QuantLinear
 from metal_marlin.quant.tensor import NAMES, cat
 
@@ -27,17 +29,31 @@ class LinearGroup:
             raise ArgumentError(f"layers: {len(layers)}; a group has at least two different ones")
         if any(layer.bias is not None for layer in layers):
             raise ArgumentError("layers: a group takes layers without bias")
-        whole = cat([layer.quantized() for layer in layers])
-        self.whole = QuantLinear(whole)
-        self.sizes = [layer.out_features for layer in layers]
+        self.whole = QuantLinear(cat([layer.quantized() for layer in layers]))
+        self.layers, self.sizes = list(layers), [layer.out_features for layer in layers]
         self._waiting = _Waiting()
-        first = 0
-        for slot, (layer, size) in enumerate(zip(layers, self.sizes, strict=True)):
-            part = whole[first : first + size]
-            for field, name in NAMES.items():
-                layer._buffers[name] = getattr(part, field)
+        for slot, layer in enumerate(layers):
             layer.group, layer.slot = self, slot
+        self._share()
+
+    def _share(self) -> None:
+        """Give each layer of the group its rows of the weight."""
+        whole, first = self.whole.quantized(), 0
+        for layer, size in zip(self.layers, self.sizes, strict=True):
+            part = whole[first : first + size]
+            if part.layout != CANONICAL:  # groups come first there, and kernels want them without gaps
+                extra = part.extra if part.extra is None or part.extra.ndim < 2 else part.extra.T.contiguous().T
+                part = replace(part, scales=part.scales.T.contiguous().T, extra=extra)
+            if layer.group is self:
+                layer.hold(part)
             first += size
+
+    def prepack(self, layout: str) -> None:
+        """Put the weight of all layers into a layout. Raises ArgumentError where a layer's rows cannot have it."""
+        if layout != CANONICAL and any(size % 16 for size in self.sizes):
+            raise ArgumentError(f"layers: {', '.join(map(str, self.sizes))} rows; layout {layout!r} takes N % 16 = 0")
+        self.whole.prepack(layout)
+        self._share()
 
     def take(self, layer: QuantLinear, x: torch.Tensor) -> torch.Tensor:
         """The layer's output for x."""

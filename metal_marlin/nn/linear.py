@@ -9,19 +9,25 @@ import torch
 from torch import nn
 
 from metal_marlin.errors import ArgumentError
+from metal_marlin.formats import CANONICAL
 from metal_marlin.ops.linear import linear
+from metal_marlin.ops.packed import linear_packed
+from metal_marlin.quant.layouts import MMA16, prepack, unpack
 from metal_marlin.quant.rtn import quantize
 from metal_marlin.quant.tensor import NAMES, QuantizedTensor
 
 if TYPE_CHECKING:
     from metal_marlin.nn.group import LinearGroup
 
+_BUFFERS = {**NAMES, "powers": "weight_powers"}  # field of the weight -> buffer
+
 
 class QuantLinear(nn.Module):
     """y [..., N] = x [..., K] · Wᵀ + bias; x half, bfloat16 or float32, y in x's dtype.
 
     Buffers: weight (codes, int32), weight_scale, weight_extra (None where the format has none), bias (None or [N]).
-    Moves between devices; ``.half()`` and ``.to(dtype)`` change the bias alone.
+    Moves between devices; ``.half()`` and ``.to(dtype)`` change the bias alone. ``prepack`` puts the weight in the
+    order that a device reads fastest; state dicts hold the canonical order all the same.
     """
 
     weight: torch.Tensor
@@ -36,12 +42,14 @@ class QuantLinear(nn.Module):
         if bias is not None and bias.shape != (self.out_features,):
             raise ArgumentError(f"bias: shape {tuple(bias.shape)}; {self.out_features} rows need {weight.shape[:1]}")
         self.format, self.group_size, self.zeros = weight.format, weight.group_size, weight.zeros
+        self.layout = CANONICAL
         self._padding = weight.padded - self.in_features
         self.group: LinearGroup | None = None  # layers of the same input that are computed together
         self.slot = 0  # the layer's place in it
         self.register_buffer("weight", weight.codes)
         self.register_buffer("weight_scale", weight.scales)
         self.register_buffer("weight_extra", weight.extra)
+        self.register_buffer("weight_powers", None, persistent=False)  # of a layout
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     @classmethod
@@ -72,6 +80,19 @@ class QuantLinear(nn.Module):
             x = nn.functional.pad(x, (0, self._padding))
         elif not x.is_contiguous():
             x = x.contiguous()
+        if self.layout != CANONICAL:
+            y = linear_packed(
+                x,
+                buffers["weight"],  # type: ignore[arg-type]
+                buffers["weight_scale"],  # type: ignore[arg-type]
+                buffers["weight_powers"],  # type: ignore[arg-type]
+                self.group_size,
+                format=self.format,
+                zeros="point" if self.zeros == "packed" else self.zeros,
+                extra=buffers["weight_extra"],
+            )
+            bias = buffers["bias"]
+            return y if bias is None else y.add_(bias)
         y = linear(
             x,
             buffers["weight"],  # type: ignore[arg-type]
@@ -85,10 +106,32 @@ class QuantLinear(nn.Module):
         return y if bias is None else y.add_(bias)
 
     def quantized(self) -> QuantizedTensor:
-        """The weight; its tensors are the buffers themselves."""
-        fields: dict[str, Any] = {field: self._buffers[name] for field, name in NAMES.items()}
-        shape = (self.out_features, self.in_features)
-        return QuantizedTensor(**fields, format=self.format, group_size=self.group_size, zeros=self.zeros, shape=shape)
+        """The weight, in the layer's layout; its tensors are the buffers themselves."""
+        fields: dict[str, Any] = {field: self._buffers[name] for field, name in _BUFFERS.items()}
+        return QuantizedTensor(
+            **fields,
+            format=self.format,
+            group_size=self.group_size,
+            zeros=self.zeros,
+            shape=(self.out_features, self.in_features),
+            layout=self.layout,
+        )
+
+    def hold(self, weight: QuantizedTensor) -> None:
+        """Take the tensors of a weight that is the layer's own in whatever layout."""
+        self.layout = weight.layout
+        for field, name in _BUFFERS.items():
+            self._buffers[name] = getattr(weight, field)
+
+    def prepack(self, layout: str = MMA16) -> QuantLinear:
+        """Put the weight into a layout, in place: ``linear_packed`` multiplies then. x must be half or bfloat16, in the
+        dtype of the scales where those are numbers. A layer that leaves its device goes back to the canonical order.
+        Raises ArgumentError for weights that cannot have it (formats of 4 and 8 bits, N % 16 = 0, K % 64 = 0)."""
+        if self.group is not None:
+            self.group.prepack(layout)
+        else:
+            self.hold(prepack(self.quantized(), layout))
+        return self
 
     def extra_repr(self) -> str:
         zeros = "" if self.zeros == "none" else f", zeros={self.zeros!r}"
@@ -97,6 +140,17 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, "
             f"format={self.format!r}, group_size={self.group_size}{zeros}"
         )
+
+    def _alone(self) -> None:
+        """Leave the group, whose memory the buffers no longer will be, and any layout."""
+        self.group = None
+        if self.layout != CANONICAL:
+            self.hold(unpack(self.quantized()))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout != CANONICAL:
+            destination.update(unpack(self.quantized()).tensors(prefix))
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles hold: the weight without the group, which ``fuse`` makes anew."""
@@ -107,7 +161,7 @@ class QuantLinear(nn.Module):
         return state
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
-        self.group = None  # whose memory the buffers no longer are
+        self._alone()
         kept = {name: self._buffers[name] for name in NAMES.values()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in kept.items():
@@ -117,7 +171,7 @@ class QuantLinear(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        self.group = None
+        self._alone()
         errors: list[str] = args[-1]
         for name in NAMES.values():
             mine, given = self._buffers[name], state_dict.get(prefix + name)

@@ -12,8 +12,9 @@ from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec, operands
 from metal_marlin.ops import product
 from metal_marlin.ops.dequantize import dequantize
+from metal_marlin.ops.gemm_tiles import Tile
 from metal_marlin.ops.linear_decode_cases import Case
-from metal_marlin.ops.packed_tiles import DEPTHS, TILES, fastest
+from metal_marlin.ops.packed_tiles import TILES
 from metal_marlin.ops.selfcheck import product_check
 from metal_marlin.ops.spec import Check, OpSpec
 from metal_marlin.ops.weights import library, read_row, row_name
@@ -64,7 +65,7 @@ def plan(
         raise ArgumentError(
             f"linear_packed: kernel is {kernel!r}; tiles of packed_gemm_{format} are {', '.join(TILES)}"
         )
-    tile = tile or fastest(M, N, K)
+    tile = tile or TILES.fastest(M, N, K)
     t = TILES[tile]
     row = row_name("linear_packed", base, (base,), dtype, scale_dtype, format, zeros, tile)
     return Plan(row, (-(-N // t.rows), -(-M // t.tokens), t.parts), t.threads, tile)
@@ -149,10 +150,21 @@ def by_group(rows: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=4096)
 def maps_of(
-    tile: str, bits: int, size: int, M: int, N: int, K: int, group: int, x: int, codes: int, scales: int, extra: int
+    t: Tile,
+    depth: int,
+    bits: int,
+    size: int,
+    M: int,
+    N: int,
+    K: int,
+    group: int,
+    x: int,
+    codes: int,
+    scales: int,
+    extra: int,
 ) -> bytes:
-    """Descriptors of x, codes, scales and extra (0: none) at these addresses; ``size`` of a scale, in bytes."""
-    t, depth = TILES[tile], DEPTHS[tile]
+    """Descriptors of x, codes, scales and extra (0: none) at these addresses, for stages of ``depth`` k; ``bits`` that
+    codes have for every k, ``size`` of a scale, in bytes."""
     held, strips, groups = max(1, depth // group), N // 16, -(-K // group)
     return b"".join(
         (
@@ -181,14 +193,13 @@ def _run(
     if M == 0 or N == 0:
         return
     scales, extra = by_group(scales), extra if extra is None or zeros == "none" else by_group(extra)
-    maps = 4 * NONE
+    maps, tile = 4 * NONE, TILES[p.tile]
     if x.is_cuda:
         if x.data_ptr() % 16:
             x = x.clone()
         more = extra.data_ptr() if extra is not None and zeros != "none" else 0
         tensors = (x.data_ptr(), codes.data_ptr(), scales.data_ptr(), more)
-        maps = maps_of(p.tile, codec(format).bits, scales.itemsize, M, N, K, group_size, *tensors)
-    tile = TILES[p.tile]
+        maps = maps_of(tile, TILES.depths[p.tile], codec(format).bits, scales.itemsize, M, N, K, group_size, *tensors)
     shape = {"M": M, "N": N, "K": K, "group": group_size, "rows": tile.rows, "tokens": tile.tokens, "aligned": 1}
     dispatch_kernel(
         library(FAMILY, str(x.device)),

@@ -11,7 +11,7 @@ from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec, operands, sparse
 from metal_marlin.ops.linear_sparse import Case, check, weights
 from metal_marlin.ops.packed import Plan, by_group, has_rows, maps_of
-from metal_marlin.ops.packed_tiles import DEPTHS, TILES, fastest
+from metal_marlin.ops.packed_tiles import SPARSE
 from metal_marlin.ops.selfcheck import rounded_check
 from metal_marlin.ops.spec import Check, OpSpec
 from metal_marlin.ops.weights import library, read_row, row_name
@@ -35,12 +35,12 @@ def plan(
             f"linear_packed_sparse: x is {dtype}, scales {scale_dtype}, format {format!r}; it takes torch.float16 and "
             f"torch.bfloat16, scales alike, {', '.join(FORMATS)}"
         )
-    if base != f"packed_sparse_{format}" or (tile and tile not in TILES):
+    if base != f"packed_sparse_{format}" or (tile and tile not in SPARSE):
         raise ArgumentError(
-            f"linear_packed_sparse: kernel is {kernel!r}; tiles of packed_sparse_{format} are {', '.join(TILES)}"
+            f"linear_packed_sparse: kernel is {kernel!r}; tiles of packed_sparse_{format} are {', '.join(SPARSE)}"
         )
-    tile = tile or fastest(M, N, K)
-    t = TILES[tile]
+    tile = tile or SPARSE.fastest(M, N, K)
+    t = SPARSE[tile]
     row = row_name("linear_packed_sparse", base, (base,), dtype, scale_dtype, format, "none", tile)
     return Plan(row, (-(-N // t.rows), -(-M // t.tokens), t.parts), t.threads, tile)
 
@@ -120,12 +120,15 @@ def _run(
     out = x.new_empty((*x.shape[:-1], N))
     if out.numel() == 0:
         return out
-    scales, maps, tile = by_group(scales), 5 * NONE, TILES[p.tile]
+    scales, maps, tile = by_group(scales), 5 * NONE, SPARSE[p.tile]
     if x.is_cuda:
         x = x.clone() if x.data_ptr() % 16 else x
         tensors = (x.data_ptr(), codes.data_ptr(), scales.data_ptr(), 0)
-        maps = maps_of(p.tile, codec(format).bits // _OF.kept, scales.itemsize, M, N, K, group_size, *tensors)
-        maps += strip_map(places.data_ptr(), N // 16, K // 64, 128, tile.rows // 16, DEPTHS[p.tile] // 64)
+        depth = SPARSE.depths[p.tile]
+        maps = maps_of(
+            tile, depth, codec(format).bits * _OF.kept // _OF.of, scales.itemsize, M, N, K, group_size, *tensors
+        )
+        maps += strip_map(places.data_ptr(), N // 16, K // 64, 128, tile.rows // 16, depth // 64)
     shape = {"M": M, "N": N, "K": K, "group": group_size, "rows": tile.rows, "tokens": tile.tokens, "aligned": 1}
     dispatch_kernel(
         library(FAMILY, str(x.device)),

@@ -15,7 +15,7 @@ from metal_marlin.ops import linear_sparse as canonical
 from metal_marlin.ops import packed_sparse as ordered
 from metal_marlin.ops.linear_sparse import FUSED, NM, Case, linear_sparse, linear_sparse_ref
 from metal_marlin.ops.packed_sparse import linear_packed_sparse, linear_packed_sparse_ref, packed
-from metal_marlin.ops.packed_tiles import TILES
+from metal_marlin.ops.packed_tiles import SPARSE
 from metal_marlin.runtime.counters import counters
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -86,7 +86,7 @@ TILED = [
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tile", SPARSE)
 @pytest.mark.parametrize("case", [case for case in TILED if case.group <= case.K], ids=str)
 def test_every_tile(case: Case, tile: str) -> None:
     before = counters()

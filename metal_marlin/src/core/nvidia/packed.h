@@ -49,7 +49,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         kX = kBlocks * kXBlock,
         kCodes = kRows / 16 * kBlocks * kBlock,
         kPlaces = kSpread == 1 ? 0 : kRows / 16 * kBlocks * 128,
-        kScales = kRows * (kDepth / 16) * sizeof(S), // at most
+        kScales = kRows * (kDepth / (16 * kSpread)) * sizeof(S), // at most
         kStage = (kX + kCodes + kPlaces + kScales * (W::kAffine ? 2 : 1) + 1023) / 1024 * 1024,
         kRoom = 226 * 1024 / kStage,
         kStages = kRoom < Schedule::kAhead ? kRoom : Schedule::kAhead,
@@ -71,7 +71,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
     };
     struct Place {
         uint first, token, rank; // row of W, token, part of K of the threadgroup
-        uint k, count;           // its first k and stages
+        uint k, count, turn;     // its first k, its stages, with which of them it begins
         uint lane, simdgroup, along_n, along_k;
         uint stages, full, empty; // addresses
         uint held, shift;         // scales of a row that a stage has; weight k has scale k >> shift
@@ -101,22 +101,28 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         copy_box3(at.stages + slot * kStage, maps, 0, at.token, k / 64, at.full + slot * 8);
     }
 
+    // Threadgroups begin at different stages: the few lines of one token's x would be where all of them read at once.
+    static uint k_of(thread const Place& at, uint i) {
+        const uint stage = at.turn + i;
+        return at.k + (stage < at.count ? stage : stage - at.count) * kDepth;
+    }
+
     static void produce(thread const Arguments& a, thread const Place& at) {
         const ulong maps = descriptor_at<7>();
         const bool elected = elect_one();
         for (uint i = 0; i < kStages && i < at.count; ++i) {
-            if (elected) ask_weights(a, at, maps, i, at.k + i * kDepth);
+            if (elected) ask_weights(a, at, maps, i, k_of(at, i));
         }
         LaunchOrder::wait(); // x is of the kernel before; weights are older
         for (uint i = 0; i < kStages && i < at.count; ++i) {
-            if (elected) ask_x(at, maps, i, at.k + i * kDepth);
+            if (elected) ask_x(at, maps, i, k_of(at, i));
         }
         Turn turn = {0, 0};
         for (uint i = kStages; i < at.count; ++i) {
             PhaseBarrier::wait(at.empty + turn.slot * 8, turn.parity);
             if (elected) {
-                ask_weights(a, at, maps, turn.slot, at.k + i * kDepth);
-                ask_x(at, maps, turn.slot, at.k + i * kDepth);
+                ask_weights(a, at, maps, turn.slot, k_of(at, i));
+                ask_x(at, maps, turn.slot, k_of(at, i));
             }
             turn.next();
         }
@@ -527,6 +533,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         const uint begin = stages * at.rank / kSplit;
         at.k = begin * kDepth;
         at.count = stages * (at.rank + 1) / kSplit - begin;
+        at.turn = kFew && at.count > 0 ? where.tgid.x % at.count : 0;
         at.lane = where.lane;
         at.simdgroup = where.sgid;
         at.along_n = where.sgid % across;
