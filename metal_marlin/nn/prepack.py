@@ -24,7 +24,7 @@ def prepack_layers(model: nn.Module, dtype: torch.dtype) -> list[str]:
         if not isinstance(layer, QuantLinear | SparseLinear) or layer.layout != CANONICAL:
             continue
         scales = layer.weight_scale
-        if not (_suits(scales.device) and has_rows(dtype, scales.dtype, layer.format)):
+        if not (has_kernels(scales.device) and has_rows(dtype, scales.dtype, layer.format)):
             continue
         if isinstance(layer, SparseLinear):
             fits = layer.sparse().fits()
@@ -36,5 +36,6 @@ def prepack_layers(model: nn.Module, dtype: torch.dtype) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, QuantLinear | SparseLinear) and m.layout != CANONICAL]
 
 
-def _suits(device: torch.device) -> bool:
+def has_kernels(device: torch.device) -> bool:
+    """Whether a device reads operand order faster than the canonical one."""
     return device.type == "cuda" and is_hopper(device.index or 0)

@@ -71,7 +71,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
     };
     struct Place {
         uint first, token, rank; // row of W, token, part of K of the threadgroup
-        uint k, count, turn;     // its first k, its stages, with which of them it begins
+        uint k, count;           // its first k and stages
         uint lane, simdgroup, along_n, along_k;
         uint stages, full, empty; // addresses
         uint held, shift;         // scales of a row that a stage has; weight k has scale k >> shift
@@ -101,28 +101,22 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         copy_box3(at.stages + slot * kStage, maps, 0, at.token, k / 64, at.full + slot * 8);
     }
 
-    // Threadgroups begin at different stages: the few lines of one token's x would be where all of them read at once.
-    static uint k_of(thread const Place& at, uint i) {
-        const uint stage = at.turn + i;
-        return at.k + (stage < at.count ? stage : stage - at.count) * kDepth;
-    }
-
     static void produce(thread const Arguments& a, thread const Place& at) {
         const ulong maps = descriptor_at<7>();
         const bool elected = elect_one();
         for (uint i = 0; i < kStages && i < at.count; ++i) {
-            if (elected) ask_weights(a, at, maps, i, k_of(at, i));
+            if (elected) ask_weights(a, at, maps, i, at.k + i * kDepth);
         }
         LaunchOrder::wait(); // x is of the kernel before; weights are older
         for (uint i = 0; i < kStages && i < at.count; ++i) {
-            if (elected) ask_x(at, maps, i, k_of(at, i));
+            if (elected) ask_x(at, maps, i, at.k + i * kDepth);
         }
         Turn turn = {0, 0};
         for (uint i = kStages; i < at.count; ++i) {
             PhaseBarrier::wait(at.empty + turn.slot * 8, turn.parity);
             if (elected) {
-                ask_weights(a, at, maps, turn.slot, k_of(at, i));
-                ask_x(at, maps, turn.slot, k_of(at, i));
+                ask_weights(a, at, maps, turn.slot, at.k + i * kDepth);
+                ask_x(at, maps, turn.slot, at.k + i * kDepth);
             }
             turn.next();
         }
@@ -533,7 +527,6 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         const uint begin = stages * at.rank / kSplit;
         at.k = begin * kDepth;
         at.count = stages * (at.rank + 1) / kSplit - begin;
-        at.turn = kFew && at.count > 0 ? where.tgid.x % at.count : 0;
         at.lane = where.lane;
         at.simdgroup = where.sgid;
         at.along_n = where.sgid % across;

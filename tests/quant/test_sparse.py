@@ -1,0 +1,184 @@
+"""Pruning and SparseTensor: n of m by magnitude and with a Hessian, storage, layouts, SparseLinear."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+
+from metal_marlin.errors import ArgumentError
+from metal_marlin.formats.sparse import FORMATS, PATTERNS, pattern
+from metal_marlin.nn.sparse import SparseLinear
+from metal_marlin.quant import SparseTensor, prune_2_4, prune_n_m, quantize, quantize_sparse
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+def random(N: int, K: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(K: int) -> torch.Tensor:
+    """Correlated, of different sizes."""
+    rng = torch.Generator().manual_seed(3)
+    mixed = torch.randn(4 * K, K, generator=rng) @ (torch.eye(K) + 0.7 * torch.randn(K, K, generator=rng) / K**0.5)
+    return mixed * (0.2 + 2 * torch.rand(K, generator=rng))
+
+
+def test_two_of_four_by_hand() -> None:
+    weight = torch.tensor([[0.1, -3.0, 2.0, 0.5, 1.0, 1.0, 1.0, 1.0, 7.0, 0.0]])
+    assert prune_2_4(weight).tolist() == [[0, -3, 2, 0, 1, 1, 0, 0, 7, 0]]
+    assert prune_n_m(weight, 1, 4).tolist() == [[0, -3, 0, 0, 1, 0, 0, 0, 7, 0]]
+    assert prune_n_m(weight[:, :8], 2, 8).tolist() == [[0, -3, 2, 0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (2, 8), (4, 8)])
+@pytest.mark.parametrize("K", [256, 130])
+def test_error_feedback_loses_less(n: int, m: int, K: int) -> None:
+    weight, x = random(24, K), inputs(K)
+    hessian = x.T @ x
+    plain, better = prune_n_m(weight, n, m), prune_n_m(weight, n, m, hessian)
+    for pruned in (plain, better):
+        whole = torch.nn.functional.pad(pruned != 0, (0, -K % m)).unflatten(1, (-1, m)).sum(-1)
+        assert int(whole.max()) == n
+    lost = [((weight - pruned) @ x.T).square().sum() for pruned in (plain, better)]
+    assert lost[1] < 0.8 * lost[0]
+    # with uncorrelated inputs of one size there is nothing to make up for
+    torch.testing.assert_close(prune_n_m(weight, n, m, torch.eye(K)), plain)
+
+
+def test_error_feedback_beats_every_choice_without_it() -> None:
+    weight, x = random(1, 4, 5).double(), inputs(4).double()
+    found = prune_2_4(weight, x.T @ x, damping=0.0)
+    plain = [prune(weight, kept) for kept in itertools.combinations(range(4), 2)]
+    lost = [float((x @ (weight - w).T).square().sum()) for w in (found, *plain)]
+    assert lost[0] < min(lost[1:])
+
+
+def prune(weight: torch.Tensor, kept: tuple[int, ...]) -> torch.Tensor:
+    mask = torch.zeros_like(weight)
+    mask[:, list(kept)] = 1
+    return weight * mask
+
+
+def test_inputs_that_are_never_there() -> None:
+    weight, x = random(8, 64), inputs(64)
+    x[:, 5] = 0
+    pruned = prune_2_4(weight, x.T @ x)
+    assert torch.isfinite(pruned).all()
+    assert (pruned[:, 5] == 0).float().mean() > 0.4
+
+
+def test_bad_pruning() -> None:
+    weight = random(4, 16)
+    with pytest.raises(ArgumentError, match="n = 4, m = 4"):
+        prune_n_m(weight, 4, 4)
+    with pytest.raises(ArgumentError, match="1 values are not finite"):
+        prune_2_4(torch.where(weight == weight[0, 0], torch.nan, weight))
+    with pytest.raises(ArgumentError, match=r"\(8, 8\); a weight with K = 16 needs \(16, 16\)"):
+        prune_2_4(weight, torch.eye(8))
+    with pytest.raises(ArgumentError, match="not positive definite"):
+        prune_2_4(weight, -torch.eye(16))
+
+
+@pytest.mark.parametrize("of", PATTERNS)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("K", [128, 75])
+def test_what_is_stored_is_what_was_kept(format: str, of: str, K: int) -> None:
+    p = pattern(of)
+    weight = prune_n_m(random(6, K), p.kept, p.of)
+    found, dense = quantize_sparse(weight, of, format), quantize(weight, format)
+    assert found.shape == (6, K)
+    W = found.dequantize(torch.float64)
+    torch.testing.assert_close(W, dense.dequantize(torch.float64), rtol=0, atol=0)
+    assert (W[weight == 0] == 0).all()
+
+
+BITS = {  # groups of 128 (mxfp4: 32, nvfp4: 16), as the documentation states them
+    ("fp4", "2:4"): 3.125, ("int4", "2:4"): 3.125, ("mxfp4", "2:4"): 3.25, ("nvfp4", "2:4"): 3.5,
+    ("fp4", "1:4"): 1.625, ("fp4", "2:8"): 1.875, ("fp4", "4:8"): 3.625,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("format", "of"), BITS)
+def test_stored_bits(format: str, of: str) -> None:
+    p = pattern(of)
+    group = {"mxfp4": 32, "nvfp4": 16}.get(format, 128)
+    found = quantize_sparse(prune_n_m(random(64, 4096), p.kept, p.of), of, format, group)
+    assert found.bits_per_weight == pytest.approx(BITS[format, of], abs=2e-3)  # nvfp4 has one factor more
+    assert f"{of} {format}" in repr(found)
+
+
+def test_zeros_are_no_weights() -> None:
+    weight = prune_2_4(random(16, 64) + 0.8)
+    found = quantize_sparse(weight, "2:4", "int4", 32, zeros="packed")
+    assert (found.dequantize(torch.float64)[weight == 0] == 0).all()
+    assert (found.dequantize(torch.float64) - weight).abs().max() < 0.2
+
+
+def test_bad_sparse_weights() -> None:
+    weight = random(4, 64)
+    with pytest.raises(ArgumentError, match="row 0 has 4 weights that are not 0 in columns 0 to 3; 2:4 keeps 2"):
+        quantize_sparse(weight)
+    pruned = prune_2_4(weight)
+    with pytest.raises(ArgumentError, match="int8"):
+        quantize_sparse(pruned, format="int8")
+    with pytest.raises(ArgumentError, match="3:4"):
+        quantize_sparse(pruned, "3:4")
+    good = quantize_sparse(pruned)
+    with pytest.raises(ArgumentError, match="places"):
+        SparseTensor(good.codes, good.places[:, :1], good.scales, None, "fp4", 64, "none", "2:4", (4, 64))
+    with pytest.raises(ArgumentError, match="N % 16"):
+        good.prepack()
+
+
+def test_operand_order_is_undone() -> None:
+    good = quantize_sparse(prune_2_4(random(48, 192)), group_size=32)
+    packed = good.prepack()
+    assert packed.prepack() is packed
+    assert packed.layout == "mma16"
+    back = packed.unpack()
+    for name in ("codes", "places", "scales"):
+        assert torch.equal(getattr(back, name), getattr(good, name)), name
+    assert torch.equal(packed.dequantize(), good.dequantize())
+
+
+def layer(of: str = "2:4", K: int = 192, bias: bool = True, dtype: torch.dtype = torch.float16) -> SparseLinear:
+    p = pattern(of)
+    weight = quantize_sparse(prune_n_m(random(48, K), p.kept, p.of), of, group_size=32, scale_dtype=dtype)
+    return SparseLinear(weight, random(1, 48, 1)[0].to(dtype) if bias else None)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("of", "K"), [("2:4", 192), ("2:4", 83), ("1:4", 100), ("4:8", 64)])
+def test_layer(of: str, K: int, device: str) -> None:
+    made = layer(of, K, dtype=torch.float32).to(device)
+    x = random(6, K, 2).view(2, 3, K)
+    W = made.sparse().to("cpu").dequantize(torch.float64)
+    want = x.double() @ W.T + made.bias.cpu().double()  # type: ignore[union-attr]
+    torch.testing.assert_close(made(x.to(device)).cpu().double(), want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ArgumentError, match=f"the weight has K = {K}"):
+        made(x[..., :5].to(device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_layer_in_operand_order(device: str) -> None:
+    made = layer().to(device)
+    x = random(5, 192, 2).half().to(device)
+    plain, state = made(x), made.state_dict()
+    assert made.prepack() is made
+    assert made.layout == "mma16"
+    torch.testing.assert_close(made(x), plain, rtol=2e-3, atol=2e-3)
+    for name, t in made.state_dict().items():
+        assert torch.equal(t, state[name]), name
+    for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert torch.equal(twin(x), made(x))
+    other = SparseLinear(quantize_sparse(torch.zeros(48, 192), group_size=32), torch.zeros(48).half()).to(device)
+    other.prepack().load_state_dict(state)
+    assert torch.equal(other(x), plain)
+    assert made.to(torch.bfloat16).layout == "canonical"
+    assert made.weight_scale.dtype == torch.float16
+    assert "pattern='2:4'" in repr(made)
