@@ -10,6 +10,8 @@ from metal_marlin._version import __version__
 if TYPE_CHECKING:
     from metal_marlin.integrations.replace import replace_linear_layers
     from metal_marlin.nn.linear import QuantLinear
+    from metal_marlin.nn.prepack import prepack_layers
+    from metal_marlin.nn.sparse import SparseLinear
     from metal_marlin.ops.activation import gated_activation
     from metal_marlin.ops.batched import batched_linear, grouped_scores
     from metal_marlin.ops.dense import dense_linear, linear_split
@@ -21,12 +23,16 @@ if TYPE_CHECKING:
     from metal_marlin.ops.linear import linear
     from metal_marlin.ops.linear_decode import linear_decode
     from metal_marlin.ops.linear_residual import linear_residual
+    from metal_marlin.ops.linear_sparse import linear_sparse
     from metal_marlin.ops.norm import layer_norm, rms_norm, rms_norm_residual
     from metal_marlin.ops.norm_linear import norm_linear
     from metal_marlin.ops.norm_qkv import norm_qkv
     from metal_marlin.ops.packed import linear_packed
+    from metal_marlin.ops.packed_sparse import linear_packed_sparse
     from metal_marlin.ops.tuning import tune
+    from metal_marlin.quant.prune import prune_2_4, prune_n_m
     from metal_marlin.quant.rtn import quantize
+    from metal_marlin.quant.sparse import SparseTensor, quantize_sparse
     from metal_marlin.quant.tensor import QuantizedTensor
     from metal_marlin.runtime.device_mps import mps_tensor_to_metal_buffer
     from metal_marlin.runtime.dispatch import dispatch_kernel
@@ -54,6 +60,14 @@ _HOMES = {
     "linear_epilogue": "metal_marlin.ops.epilogue",
     "epilogue": "metal_marlin.ops.epilogue",
     "linear_packed": "metal_marlin.ops.packed",
+    "linear_packed_sparse": "metal_marlin.ops.packed_sparse",
+    "linear_sparse": "metal_marlin.ops.linear_sparse",
+    "SparseLinear": "metal_marlin.nn.sparse",
+    "SparseTensor": "metal_marlin.quant.sparse",
+    "prepack_layers": "metal_marlin.nn.prepack",
+    "prune_2_4": "metal_marlin.quant.prune",
+    "prune_n_m": "metal_marlin.quant.prune",
+    "quantize_sparse": "metal_marlin.quant.sparse",
     "linear": "metal_marlin.ops.linear",
     "linear_decode": "metal_marlin.ops.linear_decode",
     "linear_residual": "metal_marlin.ops.linear_residual",
@@ -71,6 +85,8 @@ __all__ = [
     "MetalKernelLibrary",
     "QuantLinear",
     "QuantizedTensor",
+    "SparseLinear",
+    "SparseTensor",
     "__version__",
     "batched_linear",
     "dense_linear",
@@ -88,13 +104,19 @@ __all__ = [
     "linear_epilogue",
     "linear_few",
     "linear_packed",
+    "linear_packed_sparse",
     "linear_residual",
+    "linear_sparse",
     "linear_split",
     "metal_kernel",
     "mps_tensor_to_metal_buffer",
     "norm_linear",
     "norm_qkv",
+    "prepack_layers",
+    "prune_2_4",
+    "prune_n_m",
     "quantize",
+    "quantize_sparse",
     "replace_linear_layers",
     "rms_norm",
     "rms_norm_residual",

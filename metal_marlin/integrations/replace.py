@@ -14,6 +14,7 @@ from torch import nn
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec
 from metal_marlin.nn.linear import QuantLinear
+from metal_marlin.quant.layouts import unpack
 from metal_marlin.quant.presets import preset as find_preset
 from metal_marlin.quant.rtn import group_of
 from metal_marlin.quant.tensor import QuantizedTensor
@@ -158,7 +159,7 @@ def dequantize_linear_layers(model: nn.Module, dtype: torch.dtype = torch.float3
     made: dict[int, nn.Linear] = {}
     for name, layer in layers:
         if id(layer) not in made:
-            weight, bias = layer.quantized().dequantize(dtype), layer.bias
+            weight, bias = unpack(layer.quantized()).dequantize(dtype), layer.bias
             plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
             plain.weight = nn.Parameter(weight, requires_grad=False)
             if isinstance(bias, torch.Tensor):

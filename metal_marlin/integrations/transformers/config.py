@@ -40,7 +40,8 @@ class MetalMarlinConfig(QuantizationConfigMixin):
 
     preset: a name of ``PRESETS``, resolved at once: the file holds format, group_size, per_layer (pairs, the first that
     matches counts, the caller's before the preset's) and skip.
-    dequantize: load a checkpoint of ours as a plain model in its dtype. fuse: see ``fusion.fuse``; only about running.
+    dequantize: load a checkpoint of ours as a plain model in its dtype. fuse: see ``fusion.fuse``; prepack: put weights
+    in the order that the device reads fastest (``nn.prepack.prepack_layers``); both only about running.
     Raises ArgumentError for unknown formats and presets.
     """
 
@@ -54,13 +55,14 @@ class MetalMarlinConfig(QuantizationConfigMixin):
         preset: str | None = None,
         dequantize: bool = False,
         fuse: bool = True,
+        prepack: bool = True,
         **kwargs: Any,
     ) -> None:
         self.quant_method = METHOD
         self.format, self.group_size, self.scale = format, group_size, scale
         self.per_layer, self.skip = dict(_pairs(per_layer)), list(("lm_head",) if skip is None else skip)
         self.given = tuple(self.per_layer) if preset is not None or kwargs.get("quant_method") is None else ()
-        self.dequantize, self.fuse = dequantize, fuse
+        self.dequantize, self.fuse, self.prepack = dequantize, fuse, prepack
         # a checkpoint of another kind, whose layers say themselves what they hold; see importers.py
         self.layers: dict[str, str] = dict(kwargs.get("layers") or {})
         if preset is not None:
@@ -83,4 +85,4 @@ class MetalMarlinConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What the caller of from_pretrained decides for a checkpoint that has a config of its own."""
-        return {"dequantize": self.dequantize, "fuse": self.fuse}
+        return {"dequantize": self.dequantize, "fuse": self.fuse, "prepack": self.prepack}

@@ -15,6 +15,7 @@ from metal_marlin.integrations.replace import dequantize_linear_layers, layer_sp
 from metal_marlin.integrations.transformers.config import METHOD, MetalMarlinConfig, read_spec, write_spec
 from metal_marlin.integrations.transformers.fusion import fuse
 from metal_marlin.nn.linear import QuantLinear
+from metal_marlin.nn.prepack import prepack_layers
 from metal_marlin.quant.rtn import quantize
 from metal_marlin.quant.tensor import NAMES, empty
 
@@ -78,8 +79,11 @@ class MetalMarlinQuantizer(HfQuantizer):
             untie(model)
         if config.dequantize and self.pre_quantized:
             dequantize_linear_layers(model, model.dtype)
-        elif config.fuse and not _has_offloads(kwargs.get("device_map") or getattr(model, "hf_device_map", None)):
-            fuse(model)
+        elif not _has_offloads(kwargs.get("device_map") or getattr(model, "hf_device_map", None)):
+            if config.fuse:
+                fuse(model)
+            if config.prepack:
+                prepack_layers(model, model.dtype)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
