@@ -63,7 +63,7 @@ def candidates(problem: Problem, M: int, kind: str, hopper: bool) -> list[str]:
         if p.format == "fp4":
             found += [f"{name}{variant}" for variant in ("_single_stage", "_3stage")]
         if p.dtype == p.scale_dtype != torch.float32:
-            named = [kernel for kernel, of in _gemm.NAMED.items() if of.format == p.format]
+            named = [k for k, of in _gemm.NAMED.items() if of.format == p.format and not (of.copies and p.K % 32)]
             found += [kernel for kernel in named if not kernel.endswith("_fp32acc")]
     if kind == "cuda" and p.K % 32 == 0 and has_tiles(p.dtype, p.scale_dtype, p.format):
         tiles = [t for t in TILES.values() if t.tokens <= 4 * M and 8 * t.tokens >= M and hopper >= t.hopper]
@@ -127,8 +127,10 @@ class Session:
         try:
             hopper = kind == "cuda" and _gemm.is_hopper(index)
             names = candidates(p, M, kind, hopper)
-            want = product_ref(x[:16].cpu(), codes.cpu(), scales.cpu(), group_size, format=p.format, zeros=p.zeros,
-                               extra=None if extra is None else extra.cpu())  # fmt: skip
+            place = torch.device("cpu") if codes.is_mps else codes.device  # mps has no float64
+            whole = (x[:16].to(place), codes.to(place), scales.to(place))
+            more = None if extra is None else extra.to(place)
+            want = product_ref(*whole, group_size, format=p.format, zeros=p.zeros, extra=more).cpu()
             times = {name: _time(lambda i, name=name: run(name, i), out, want, name) for name in names}  # type: ignore[misc]
         finally:
             self._busy = False
@@ -205,11 +207,15 @@ def tune(path: str | Path | None = None) -> Iterator[Session]:
 
 def tune_shape(session: Session, problem: Problem, M: int, group_size: int, device: torch.device) -> Measured | None:
     """Measure for random weights of these sizes; None if the table has them."""
-    form = codec(problem.format)
+    return session.measure(problem, bucket(M), *_weights(problem, group_size, device), group_size)
+
+
+@functools.lru_cache(maxsize=1)
+def _weights(
+    p: Problem, group_size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    form = codec(p.format)
+    scales = p.scale_dtype if form.scale_kind == "float" else form.scale_dtypes[0]
     rng = torch.Generator().manual_seed(0)
-    scales = problem.scale_dtype if form.scale_kind == "float" else form.scale_dtypes[0]
-    words, by, extra = random_weights(problem.format, problem.N, problem.K, group_size, scales, problem.zeros, rng)
-    moved = [None if t is None else t.to(device) for t in (words, by, extra)]
-    assert moved[0] is not None
-    assert moved[1] is not None
-    return session.measure(problem, bucket(M), moved[0], moved[1], moved[2], group_size)
+    words, by, extra = random_weights(p.format, p.N, p.K, group_size, scales, p.zeros, rng)
+    return words.to(device), by.to(device), None if extra is None else extra.to(device)
