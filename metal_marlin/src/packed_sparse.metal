@@ -39,7 +39,6 @@ ENTRY(384)
 #define TILES(name, W, T)                                                                                    \
     TILE(name, "32x8", 32, 8, 1, 512, 8, 1, 8, true, 288, W, T)                                              \
     TILE(name, "64x8", 64, 8, 1, 512, 5, 1, 8, true, 288, W, T)                                              \
-    TILE(name, "112x8", 112, 8, 1, 512, 6, 1, 8, true, 288, W, T)                                            \
     TILE(name, "32x16", 32, 16, 1, 512, 7, 1, 8, true, 288, W, T)                                            \
     TILE(name, "64x16", 64, 16, 1, 256, 7, 2, 4, true, 288, W, T)                                            \
     TILE(name, "32x32", 32, 32, 1, 256, 8, 1, 4, true, 160, W, T)                                            \
