@@ -22,7 +22,7 @@ using namespace metal;
         uint sgid [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {             \
         typedef PackedGemm<W, T, Schedule, NoEpilogue> Core;                                                 \
         threadgroup typename Core::Shared sh;                                                                \
-        Core::run(PackedArguments<W, T>(x, codes, scales, extra, powers, nullptr, y, shape),                          \
+        Core::run(PackedArguments<W, T>(x, codes, scales, extra, powers, nullptr, y, shape),                 \
                   GemmPlace{tgid, sgid, lane}, sh, NoEpilogue());                                            \
     }
 ENTRY(160)
