@@ -6,8 +6,8 @@
 Correctness comes first, on the data that is timed. A shape is NxK or the name of a model's shapes. `linear` is what
 users call; up to 128 tokens the matrix-vector kernel is timed too: where the two cross is what the numbers
 of ops/linear.py should say. `dense` is torch.matmul with dequantised weights, `int4pack` torch's own int4 product in
-bfloat16. --tiles times every tile that suits the tokens. Buffers rotate past the last-level cache; on NVIDIA GPUs the
-launches are a CUDA graph's.
+bfloat16, `onnxruntime` its MatMulNBits with int8 activations (CPU, where that is installed). --tiles times every
+tile that suits the tokens. Buffers rotate past the last-level cache; on NVIDIA GPUs the launches are a CUDA graph's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from common import (
     table,
     usable_devices,
 )
-from peers import has_int4pack, int4pack
+from peers import NAMES, has_int4pack, has_onnxruntime, int4pack, onnxruntime
 
 from metal_marlin.formats import CODECS, codec
 from metal_marlin.ops import packed_tiles
@@ -133,8 +133,10 @@ def candidates(case: Case, device: str, sets: int, kernels: list[str], only: str
             call(i)
             synchronize(device)
             error = max(error, require_correct(f"{case} {name}", outs[i], wanted, LIMITS[case.dtype]))
-    if device.startswith("cuda") and case.M <= 256 and has_int4pack(case.N, case.K, device):
+    if case.M <= 256 and has_int4pack(case.N, case.K, device):
         found["int4pack"] = int4pack(case.M, case.N, case.K, device, sets)[0]
+    if case.M <= 256 and has_onnxruntime(case.K, device):
+        found["onnxruntime"] = onnxruntime(case.M, case.N, case.K, sets)[0]
     found["dense"] = lambda i: torch.matmul(data[i][0], dense[i % len(dense)].T, out=outs[i])
     return found, error
 
@@ -151,7 +153,7 @@ def measure(case: Case, device: str, kernels: list[str], only: str = "") -> list
         times = host_times(calls, device, inner=inner, rounds=15, sets=sets)
     rows: list[tuple[str, ...]] = []
     for name, t in times.items():
-        dense = name in ("dense", "int4pack")
+        dense = name in NAMES
         save("gemm", str(case), name, t, device, operations=operations, error=None if dense else error)
         share = times["dense"].median / t.median
         goal = None if dense or case.M < 128 else GOAL.get(device.partition(":")[0])

@@ -5,7 +5,8 @@
 
 Correctness comes first, on the data that is timed. Buffers rotate past the last-level cache; on NVIDIA GPUs the
 launches are a CUDA graph's. For comparison in the same run: `dense` is torch with weights in the activations' dtype,
-`int4pack` is torch's own int4 product with groups of 128 in bfloat16, its best case.
+`int4pack` is torch's own int4 product with groups of 128 in bfloat16, its best case; `onnxruntime` its MatMulNBits with
+int8 activations, on the CPU where it is installed (with onnx).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from common import (
     table,
     usable_devices,
 )
-from peers import has_int4pack, int4pack
+from peers import NAMES, has_int4pack, has_onnxruntime, int4pack, onnxruntime
 
 from metal_marlin.formats import codec
 from metal_marlin.ops.linear_decode import CASES, Case, linear_decode, linear_decode_ref, plan
@@ -116,6 +117,8 @@ def candidates(case: Case, device: str, sets: int, kernel: str | None) -> dict[s
     found["dense"] = Timed(lambda i: torch.mm(data[i][0], weights[i % 2].T, out=outs[i]), dense_bytes, None)
     if has_int4pack(case.N, case.K, device):
         found["int4pack"] = Timed(*int4pack(case.M, case.N, case.K, device, sets))
+    if has_onnxruntime(case.K, device):
+        found["onnxruntime"] = Timed(*onnxruntime(case.M, case.N, case.K, sets))
     return found
 
 
@@ -134,7 +137,7 @@ def row(case: Case, device: str, name: str, times: dict[str, Times], timed: Time
     t = times[name]
     save("gemv", str(case), name, t, device, moved=timed.moved, ceiling=ceiling, error=timed.error)
     rate = t.gb_per_s(timed.moved)
-    ours = name not in ("dense", "int4pack")
+    ours = name not in NAMES
     goal = GOALS.get(device.partition(":")[0]) if ours and str(case) == GOAL_CASE else None
     verdict = "" if goal is None else f"{'PASS' if rate >= goal else 'BELOW'} (≥ {goal:g})"
     if ours and "int4pack" in times:

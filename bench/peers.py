@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from typing import Any
+
 import torch
 from common import Candidate, require_correct
 
 GROUP = 128
+NAMES = ("dense", "int4pack", "onnxruntime")  # candidates that are not ours
 
 
 def has_int4pack(N: int, K: int, device: str) -> bool:
@@ -31,3 +36,64 @@ def int4pack(M: int, N: int, K: int, device: str, sets: int) -> tuple[Candidate,
     wanted = x[:64].cpu().double() @ ((q.double() - 8) * scales.double().T.repeat_interleave(GROUP, 1)).T
     error = require_correct("int4pack", product(x, copies[-1], GROUP, both)[:64].cpu(), wanted, 2e-2)
     return lambda i: product(x, copies[i], GROUP, both), N * K // 2 + 4 * N * groups, error
+
+
+def has_onnxruntime(K: int, device: str) -> bool:
+    """Whether onnxruntime is installed (with onnx, which writes its model) and multiplies on this device."""
+    found = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"))
+    return device == "cpu" and K % GROUP == 0 and found
+
+
+def onnxruntime(M: int, N: int, K: int, sets: int) -> tuple[Candidate, int, float]:
+    """onnxruntime's MatMulNBits with accuracy_level 4: x float32, rounded to int8 inside; w = (q - 8) * scale in groups
+    of 128; bytes of W; its error."""
+    rng = torch.Generator().manual_seed(1)
+    scales = 0.002 + 0.02 * torch.rand(N, K // GROUP, generator=rng)
+    q = torch.randint(0, 16, (N, K), generator=rng, dtype=torch.uint8)
+    x = torch.randn(M, K, generator=rng)
+    model = _onnx_model((q[:, ::2] | q[:, 1::2] << 4).view(N, K // GROUP, GROUP // 2), scales.flatten(), N, K)
+    sessions = [_onnx_session(model) for _ in range(sets)]
+    inputs = {"x": x.numpy()}
+    wanted = x.double() @ ((q.double() - 8) * scales.double().repeat_interleave(GROUP, 1)).T
+    got = torch.from_numpy(sessions[-1].run(None, inputs)[0])
+    error = require_correct("onnxruntime", got, wanted, 2e-2)
+    return lambda i: sessions[i].run(None, inputs), N * K // 2 + 4 * scales.numel(), error
+
+
+def _onnx_model(codes: torch.Tensor, scales: torch.Tensor, N: int, K: int) -> bytes:
+    from onnx import TensorProto, helper, numpy_helper
+
+    node = helper.make_node(
+        "MatMulNBits",
+        ["x", "codes", "scales"],
+        ["y"],
+        domain="com.microsoft",
+        K=K,
+        N=N,
+        bits=4,
+        block_size=GROUP,
+        accuracy_level=4,
+    )
+    shapes = {"x": ["M", K], "y": ["M", N]}
+    values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()}
+    tensors = [numpy_helper.from_array(t.numpy(), name) for t, name in ((codes, "codes"), (scales, "scales"))]
+    graph = helper.make_graph([node], "product", [values["x"]], [values["y"]], tensors)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    model: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
+    return model
+
+
+@functools.cache
+def _onnx_runtime() -> Any:
+    """The library with one pool for all sessions: each would have threads that spin while others work."""
+    import onnxruntime as runtime
+
+    runtime.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
+    return runtime
+
+
+def _onnx_session(model: bytes) -> Any:
+    runtime = _onnx_runtime()
+    options = runtime.SessionOptions()
+    options.use_per_session_threads = False
+    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
