@@ -9,6 +9,13 @@
 #ifdef __METAL_MARLIN_CPU__
 #include "core/cpu/wide.h"
 
+// Where there is AVX512-FP16 (Intel), that instruction is no faster than a float's, and look-ups of 16 bits take twice as long.
+#if defined(__AVX512BF16__) && !defined(__AVX512FP16__)
+#define METAL_MARLIN_PAIRS 1
+#else
+#define METAL_MARLIN_PAIRS 0
+#endif
+
 struct INT8;
 struct UINT8;
 struct FP8E4M3;
@@ -89,7 +96,7 @@ template <typename Format, typename T> struct WideLookup {
     }
 };
 
-#if defined(__AVX512BF16__)
+#if METAL_MARLIN_PAIRS
 typedef bfloat WideBfloats __attribute__((ext_vector_type(32)));
 
 // Codes i and i + 4 of all words are one vector of bfloat pairs, which an instruction multiplies and adds in float. A
@@ -261,7 +268,7 @@ template <> struct WideScale<E4M3> {
 template <typename Format, typename T> struct WideTable {
     typedef WideLookup<Format, T> type;
 };
-#if defined(__AVX512BF16__)
+#if METAL_MARLIN_PAIRS
 template <typename Format> struct WideTable<Format, bfloat> {
     typedef WidePairs<Format, 1> type;
 };
