@@ -31,9 +31,9 @@ linear_ref = product_ref
 
 
 def _again(M: int, dtype: torch.dtype, format: str) -> bool:
-    """Whether a cpu should read W again for every 8 tokens (measured: twice, if the second time is for some of them;
-    more often where an instruction multiplies bfloats, which the GEMM does not use)."""
-    return M <= 32 if dtype == torch.bfloat16 and codec(format).bits == 4 else 12 <= M <= 16
+    """Whether a cpu should read W again for every 8 tokens (measured, four bits: twice, if the second time is for some of
+    them; more often where an instruction multiplies bfloats, which the GEMM does not use)."""
+    return codec(format).bits == 4 and (M <= 32 if dtype == torch.bfloat16 else 12 <= M <= 16)
 
 
 @functools.lru_cache(maxsize=4096)

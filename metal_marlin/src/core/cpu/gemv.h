@@ -20,8 +20,8 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct WideGe
         kPerWord = Q::Format::kPerWord,
         kBits = Q::Format::kBits,
         kStepBytes = kStep * kBits / 8,
-        kRows = kTokens == 1 ? 4 : 2, // together: they share what is read of x
-        kBlock = 16384,               // of K, the part of x in reordered form
+        kRows = kTokens == 1 ? 4 : 2,         // together: they share what is read of x
+        kBlock = kTokens == 1 ? 16384 : 1024, // of K, the part of x in reordered form: of 8 tokens 32 KB
         kStored = (kBlock / kStep + 1) * Dot::kStored,
         kGroups = kBlock / 16 + 16, // a step reads eight scales, used or not
         kMost = 256,                // rows a pass over K
