@@ -31,8 +31,8 @@ linear_ref = product_ref
 
 
 def _again(M: int, dtype: torch.dtype, format: str) -> bool:
-    """Whether a cpu should read W again for every 8 tokens (measured, four bits: twice, if the second time is for some of
-    them; more often where an instruction multiplies bfloats, which the GEMM does not use)."""
+    """Whether a cpu should read W again for every 8 tokens (measured, four bits: twice, if the second time is for some
+    of them; more often where an instruction multiplies bfloats, which the GEMM does not use)."""
     return codec(format).bits == 4 and (M <= 32 if dtype == torch.bfloat16 else 12 <= M <= 16)
 
 
