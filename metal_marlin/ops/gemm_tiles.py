@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ __all__ = ["FORMATS", "TILES", "Tile", "fastest", "has_tiles"]
 class Tile:
     """Rows of W and tokens of a threadgroup, its threads, how many threadgroups share K, how many of them a
     multiprocessor holds, and how long one runs: ``start`` + ``step`` for every 64 k, in µs (FP4 and half on an H200,
-    fitted to bench/results). ``wgmma``: core/nvidia/gemm_wgmma.h, else gemm_few.h."""
+    fitted to bench/results). ``wgmma``: core/nvidia/gemm_wgmma.h, else gemm_few.h. ``share``: neighbours along N that
+    share x."""
 
     rows: int
     tokens: int
@@ -26,22 +28,38 @@ class Tile:
     parts: int = 1
     held: int = 1
     wgmma: bool = False
+    share: int = 1
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.tokens}" + (f"x{self.parts}" if self.parts > 1 else "")
+        parts = f"x{self.parts}" if self.parts > 1 else ""
+        return f"{self.rows}x{self.tokens}{parts}" + (f"n{self.share}" if self.share > 1 else "")
 
     @property
     def hopper(self) -> bool:
         """Whether it needs compute capability 9.0."""
         return self.wgmma or self.parts > 1
 
+    def count(self, M: int, N: int) -> int:
+        """Tiles of y [M, N], those of threadgroups that share K or x counted once."""
+        return -(-N // (self.rows * self.share)) * -(-M // self.tokens)
+
     def time(self, M: int, N: int, K: int) -> float:
         """What a product takes, in µs."""
-        waves = -(-N // self.rows) * -(-M // self.tokens) * self.parts / _MULTIPROCESSORS
+        waves = self.count(M, N) * self.parts * self.share / MULTIPROCESSORS
         return self.start + self.step * K / 64 * (math.ceil(waves) if self.held == 1 else max(1.0, waves))
 
 
-_MULTIPROCESSORS = 132
+MULTIPROCESSORS = 132  # of an H100 or H200
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; for others what tiles are made for."""
+    if device.type != "cuda":
+        return MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 _TILES = (
     Tile(16, 8, 512, 3.7, 0.053, held=2),
     Tile(32, 8, 512, 3.8, 0.062),

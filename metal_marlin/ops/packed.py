@@ -12,7 +12,7 @@ from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec, operands
 from metal_marlin.ops import product
 from metal_marlin.ops.dequantize import dequantize
-from metal_marlin.ops.gemm_tiles import Tile
+from metal_marlin.ops.gemm_tiles import MULTIPROCESSORS, Tile, multiprocessors
 from metal_marlin.ops.linear_decode_cases import Case
 from metal_marlin.ops.packed_tiles import TILES
 from metal_marlin.ops.selfcheck import product_check
@@ -52,6 +52,7 @@ def plan(
     format: str = "fp4",
     zeros: str = "none",
     kernel: str | None = None,
+    multiprocessors: int = MULTIPROCESSORS,
 ) -> Plan:
     """The row and grid for x [M, K]; ``kernel`` asks for a tile, such as "packed_gemm_fp4__m32x8".
     Raises ArgumentError for what has no row."""
@@ -66,9 +67,8 @@ def plan(
             f"linear_packed: kernel is {kernel!r}; tiles of packed_gemm_{format} are {', '.join(TILES)}"
         )
     tile = tile or TILES.fastest(M, N, K)
-    t = TILES[tile]
     row = row_name("linear_packed", base, (base,), dtype, scale_dtype, format, zeros, tile)
-    return Plan(row, (-(-N // t.rows), -(-M // t.tokens), t.parts), t.threads, tile)
+    return Plan(row, TILES.threadgroups(tile, M, N, multiprocessors), TILES[tile].threads, tile)
 
 
 def linear_packed_ref(
@@ -168,7 +168,7 @@ def maps_of(
     held, strips, groups = max(1, depth // group), N // 16, -(-K // group)
     return b"".join(
         (
-            blocked_map(x, M, K, t.tokens, depth // 64),
+            blocked_map(x, M, K, t.tokens, depth // 64 // t.share),
             strip_map(codes, strips, K // 64, 128 * bits, t.rows // 16, depth // 64),
             group_map(scales, groups, N * size, t.rows * size, held),
             group_map(extra, groups, N * size, t.rows * size, held) if extra else NONE,
@@ -189,7 +189,7 @@ def _run(
     out: torch.Tensor,
 ) -> None:
     M, N, K = _check(x, codes, scales, powers, extra, format, zeros, group_size, out)
-    p = plan(max(M, 1), N, K, x.dtype, scales.dtype, format, zeros, kernel)
+    p = plan(max(M, 1), N, K, x.dtype, scales.dtype, format, zeros, kernel, multiprocessors(x.device))
     if M == 0 or N == 0:
         return
     scales, extra = by_group(scales), extra if extra is None or zeros == "none" else by_group(extra)

@@ -9,6 +9,7 @@ import torch
 
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec, operands, sparse
+from metal_marlin.ops.gemm_tiles import MULTIPROCESSORS, multiprocessors
 from metal_marlin.ops.linear_sparse import Case, check, weights
 from metal_marlin.ops.packed import Plan, by_group, has_rows, maps_of
 from metal_marlin.ops.packed_tiles import SPARSE
@@ -25,7 +26,14 @@ _OF = sparse.pattern("2:4")
 
 @functools.lru_cache(maxsize=4096)
 def plan(
-    M: int, N: int, K: int, dtype: torch.dtype, scale_dtype: torch.dtype, format: str = "fp4", kernel: str | None = None
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    format: str = "fp4",
+    kernel: str | None = None,
+    multiprocessors: int = MULTIPROCESSORS,
 ) -> Plan:
     """The row and grid for x [M, K]; ``kernel`` asks for a tile, such as "packed_sparse_fp4__m32x8".
     Raises ArgumentError for what has no row."""
@@ -40,9 +48,8 @@ def plan(
             f"linear_packed_sparse: kernel is {kernel!r}; tiles of packed_sparse_{format} are {', '.join(SPARSE)}"
         )
     tile = tile or SPARSE.fastest(M, N, K)
-    t = SPARSE[tile]
     row = row_name("linear_packed_sparse", base, (base,), dtype, scale_dtype, format, "none", tile)
-    return Plan(row, (-(-N // t.rows), -(-M // t.tokens), t.parts), t.threads, tile)
+    return Plan(row, SPARSE.threadgroups(tile, M, N, multiprocessors), SPARSE[tile].threads, tile)
 
 
 def linear_packed_sparse_ref(
@@ -116,7 +123,7 @@ def _run(
     kernel: str | None,
 ) -> torch.Tensor:
     M, N, K = _check(x, codes, places, scales, powers, format, group_size)
-    p = plan(max(M, 1), N, K, x.dtype, scales.dtype, format, kernel)
+    p = plan(max(M, 1), N, K, x.dtype, scales.dtype, format, kernel, multiprocessors(x.device))
     out = x.new_empty((*x.shape[:-1], N))
     if out.numel() == 0:
         return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from metal_marlin.ops.gemm_tiles import Tile
+from metal_marlin.ops.gemm_tiles import MULTIPROCESSORS, Tile
 
 __all__ = ["SPARSE", "TILES", "Tiles"]
 
@@ -25,6 +25,13 @@ class Tiles(Mapping[str, Tile]):
     def __len__(self) -> int:
         return len(self._tiles)
 
+    def threadgroups(self, name: str, M: int, N: int, multiprocessors: int = MULTIPROCESSORS) -> tuple[int, int, int]:
+        """The grid: where tiles are not shared along K, no more threadgroups than run at the same time; they walk."""
+        tile = self[name]
+        count, along_z = tile.count(M, N), tile.parts * tile.share
+        walks = tile.wgmma and tile.parts == 1
+        return (min(count, multiprocessors * tile.held // along_z) if walks else count, 1, along_z)
+
     def fastest(self, M: int, N: int, K: int) -> str:
         """The tile of least time for x [M, K] and W [N, K]."""
         return str(min(self.values(), key=lambda tile: tile.time(M, N, K)))
@@ -42,8 +49,11 @@ TILES = Tiles(
     (Tile(64, 64, 160, 6.3, 0.1184, held=2, wgmma=True), 128),
     (Tile(64, 64, 288, 4.6, 0.0687, parts=2, wgmma=True), 256),
     (Tile(64, 128, 288, 4.0, 0.1107, parts=2, wgmma=True), 256),
-    (Tile(128, 128, 288, 0.0, 0.4362, wgmma=True), 128),
+    (Tile(128, 128, 384, 0.0, 0.4362, wgmma=True), 128),
     (Tile(64, 256, 160, 0.0, 0.3970, wgmma=True), 128),
+    (Tile(64, 256, 160, 0.0, 0.3970, wgmma=True, share=2), 128),
+    (Tile(128, 128, 384, 0.0, 0.4362, wgmma=True, share=2), 128),
+    (Tile(128, 256, 384, 0.0, 0.7879, wgmma=True, share=2), 128),
     (Tile(128, 256, 384, 0.0, 0.7879, wgmma=True), 128),
 )
 SPARSE = Tiles(
@@ -57,7 +67,10 @@ SPARSE = Tiles(
     (Tile(64, 64, 160, 2.9, 0.1056, held=2, wgmma=True), 128),
     (Tile(64, 64, 288, 3.96, 0.0528, parts=2, wgmma=True), 256),
     (Tile(64, 128, 288, 3.75, 0.0824, parts=2, wgmma=True), 256),
-    (Tile(128, 128, 288, 1.04, 0.2917, wgmma=True), 128),
+    (Tile(128, 128, 384, 1.04, 0.2917, wgmma=True), 128),
     (Tile(64, 256, 160, 0.45, 0.2947, wgmma=True), 128),
+    (Tile(64, 256, 160, 0.45, 0.2947, wgmma=True, share=2), 128),
+    (Tile(128, 128, 384, 1.04, 0.2917, wgmma=True, share=2), 128),
+    (Tile(128, 256, 384, 0.3, 0.4483, wgmma=True, share=2), 128),
     (Tile(128, 256, 384, 0.3, 0.4483, wgmma=True), 128),
 )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import metal_marlin.ops.packed as packed_module
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec
 from metal_marlin.ops.linear_decode_cases import Case
@@ -62,6 +63,15 @@ def test_every_tile(case: Case, tile: str) -> None:
     before = counters()
     check(case, multiply(case, "cuda", kernel)[0])
     assert any(row.endswith(f"m{tile}") for row in counters() - before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tile", [name for name, tile in TILES.items() if tile.wgmma and tile.parts == 1])
+@pytest.mark.parametrize("case", [Case(530, 400, 192, 64, d) for d in HALVES], ids=str)
+def test_threadgroups_walk(case: Case, tile: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tiles than threadgroups, a last one of neighbours without rows."""
+    monkeypatch.setattr(packed_module, "multiprocessors", lambda _: 2)
+    check(case, multiply(case, device, f"packed_gemm_fp4__m{tile}")[0])
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -70,21 +70,37 @@ template <typename W, typename T> struct PackedArguments {
 };
 
 // kRows of W and kTokens of a threadgroup; kDepth of k a stage, at most kAhead stages; simdgroups that multiply: kAlongN by
-// kAlongK of them, or of groups of four where the instruction takes four; kSplit threadgroups along z share K.
-template <uint kRows_, uint kTokens_, uint kDepth_, uint kAhead_, uint kAlongN_, uint kAlongK_, uint kSplit_,
-          bool kFew_, uint kThreads_>
+// kAlongK of them, or of groups of four where the instruction takes four. Threadgroups along z: kSplit share K, or kShare
+// share the tokens of x and take neighbouring rows.
+template <uint kRows_, uint kTokens_, uint kSplit_, uint kShare_, uint kDepth_, uint kAhead_, uint kAlongN_,
+          uint kAlongK_, bool kFew_, uint kThreads_>
 struct PackedTile {
     enum : uint {
         kRows = kRows_,
         kTokens = kTokens_,
+        kSplit = kSplit_,
+        kShare = kShare_,
         kDepth = kDepth_,
         kAhead = kAhead_,
         kAlongN = kAlongN_,
         kAlongK = kAlongK_,
-        kSplit = kSplit_,
         kThreads = kThreads_
     };
     enum : bool { kFew = kFew_ };
+};
+
+// The tiles of a threadgroup, or of those along z: tile `at`, and where a row walks on, every `step`th after it.
+// Neighbours along N come first.
+template <typename Schedule> struct TileWalk {
+    enum : uint { kRows = Schedule::kRows * Schedule::kShare };
+    uint at, step, across, count;
+    TileWalk(constant GemmShape& shape, uint first, uint step)
+        : at(first), step(step), across((uint(shape.N) + kRows - 1) / kRows),
+          count(across * ((uint(shape.M) + Schedule::kTokens - 1) / Schedule::kTokens)) {}
+    bool more() const { return at < count; }
+    void next() { at += step; }
+    uint row() const { return at % across * kRows; }
+    uint token() const { return at / across * Schedule::kTokens; }
 };
 
 // The definition in plain code, for devices without a pipeline of their own: simdgroups take turns at strips; a lane adds
@@ -154,29 +170,35 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct S
         }
     }
 
-    static void run(Arguments a, GemmPlace at, threadgroup Shared&, Epilogue epilogue) {
+    // 16 rows and eight tokens.
+    static void strip(thread const Arguments& a, uint strip, uint token, uint lane, Epilogue epilogue) {
+        float sums[2][kTokens] = {};
+        for (uint k = 0; k < a.K; k += 16 * Spread<W>::value) {
+            if (Spread<W>::value == 1)
+                step(a, strip, k, token, lane, sums);
+            else
+                sparse_step(a, strip, k, token, lane, sums);
+        }
+        for (uint h = 0; h < 2; ++h) {
+            for (uint i = 0; i < kTokens; ++i) {
+                float v = sums[h][i];
+                v += simd_shuffle_xor(v, ushort(1));
+                v += simd_shuffle_xor(v, ushort(2));
+                const uint n = strip * 16 + lane / 4 + 8 * h, m = token + i;
+                if (lane % 4 == 0 && m < a.M) a.y[ulong(m) * a.N + n] = T(epilogue.apply(v, m, n));
+            }
+        }
+    }
+
+    static void run(Arguments a, TileWalk<Schedule> tiles, GemmPlace at, threadgroup Shared&,
+                    Epilogue epilogue) {
         if (at.tgid.z != 0) return;
-        const uint end = min((at.tgid.x + 1) * Schedule::kRows, a.N) / 16,
-                   last = (at.tgid.y + 1) * Schedule::kTokens;
-        for (uint strip = at.tgid.x * (Schedule::kRows / 16) + at.sgid; strip < end;
-             strip += Schedule::kThreads / 32) {
-            for (uint token = at.tgid.y * Schedule::kTokens; token < min(last, a.M); token += kTokens) {
-                float sums[2][kTokens] = {};
-                for (uint k = 0; k < a.K; k += 16 * Spread<W>::value) {
-                    if (Spread<W>::value == 1)
-                        step(a, strip, k, token, at.lane, sums);
-                    else
-                        sparse_step(a, strip, k, token, at.lane, sums);
-                }
-                for (uint h = 0; h < 2; ++h) {
-                    for (uint i = 0; i < kTokens; ++i) {
-                        float v = sums[h][i];
-                        v += simd_shuffle_xor(v, ushort(1));
-                        v += simd_shuffle_xor(v, ushort(2));
-                        const uint n = strip * 16 + at.lane / 4 + 8 * h, m = token + i;
-                        if (at.lane % 4 == 0 && m < a.M) a.y[ulong(m) * a.N + n] = T(epilogue.apply(v, m, n));
-                    }
-                }
+        for (; tiles.more(); tiles.next()) {
+            const uint end = min(tiles.row() + uint(TileWalk<Schedule>::kRows), a.N) / 16,
+                       last = min(tiles.token() + Schedule::kTokens, a.M);
+            for (uint s = tiles.row() / 16 + at.sgid; s < end; s += Schedule::kThreads / 32) {
+                for (uint token = tiles.token(); token < last; token += kTokens)
+                    strip(a, s, token, at.lane, epilogue);
             }
         }
     }

@@ -18,19 +18,23 @@ template <> struct FromBits<uchar> {
 // of k, a copy each. The others multiply; they wait for a stage to be full and say when they have read it, and meet only
 // to add up what those along k have. Schedule::kFew: by the simdgroup's instruction, sums of a scale's weights times that
 // scale; else by that of four simdgroups, with weights rounded to T after their scale. As half could not hold every
-// scale, a row's are divided by a power of two, which multiplies its sums.
+// scale, a row's are divided by a power of two, which multiplies its sums. Where a simdgroup's sums are outputs,
+// threadgroups walk from tile to tile: the ring is filled for the next one while outputs are written. Neighbours that
+// share x copy a part of it each, to all of them: many tokens are bound by what the second-level cache gives.
 template <typename W, typename T, typename Schedule, typename Epilogue> struct RingGemm {
     typedef PackedArguments<W, T> Arguments;
     typedef typename W::Format Format;
     typedef typename W::S S;
     typedef MmaPair<T> Pair;
-    typedef Cluster<Schedule::kSplit> Parts;
+    typedef Cluster<Schedule::kSplit * Schedule::kShare> Parts;
+    typedef TileWalk<Schedule> Tiles;
     enum : bool { kFew = Schedule::kFew };
     enum : uint {
         kRows = Schedule::kRows,
         kTokens = Schedule::kTokens,
         kDepth = Schedule::kDepth,
         kSplit = Schedule::kSplit,
+        kShare = Schedule::kShare,
         kAlongN = Schedule::kAlongN,
         kAlongK = Schedule::kAlongK,
         kSimdgroups = kAlongN * kAlongK * (kFew ? 1 : 4), // that multiply
@@ -51,30 +55,39 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         kPlaces = kSpread == 1 ? 0 : kRows / 16 * kBlocks * 128,
         kScales = kRows * (kDepth / (16 * kSpread)) * sizeof(S), // at most
         kStage = (kX + kCodes + kPlaces + kScales * (W::kAffine ? 2 : 1) + 1023) / 1024 * 1024,
-        kRoom = 226 * 1024 / kStage,
+        kWhole = !kFew && kAlongK == 1 && kSplit == 1, // a simdgroup's sums are outputs
+        kOutputs = kWhole ? kSimdgroups * 512 : 16,    // bytes: of 16 tokens and a simdgroup's rows
+        kRoom = (226 * 1024 - kOutputs) / kStage,
         kStages = kRoom < Schedule::kAhead ? kRoom : Schedule::kAhead,
-        kSumStride = kRows + 4,
-        kYStride = 2 * kRows + 16
+        kFull = kStages * kStage + kOutputs, // where barriers are
+        kEmpty = kFull + kStages * 8,
+        kSumStride = kRows + 4
     };
     enum : bool {
-        kWhole = !kFew && kAlongK == 1 && kSplit == 1,         // a simdgroup's sums are outputs
         kHandOver = Schedule::kThreads > kWorkers + kSimdWidth // of registers, from simdgroups that copy
     };
     static_assert(kStages >= 2 && kTurns >= 1 && kStrips >= 1, "RingGemm: tile");
     static_assert(kSpread == 1 || (Format::kBits == 4 && !W::kAffine), "RingGemm: sparse weights");
     static_assert(kFew || (kTurns % 2 == 0 && kRows == 64 * kAlongN), "RingGemm: tile of four simdgroups");
-    static_assert((kWhole ? kTokens * kYStride : kAlongK * kTokens * kSumStride * 4) <= kStages * kStage,
+    static_assert(kWhole || kAlongK * kTokens * kSumStride * 4 <= kStages * kStage,
                   "RingGemm: sums take the place of stages");
+    static_assert(kShare == 1 || (kWhole && kBlocks % kShare == 0), "RingGemm: tile of neighbours");
     struct alignas(1024) Shared {
-        uchar stages[kStages * kStage];
+        uchar stages[kStages * kStage], outputs[kOutputs];
         ulong full[kStages], empty[kStages];
     };
     struct Place {
-        uint first, token, rank; // row of W, token, part of K of the threadgroup
+        uint first, token, rank; // row of W, token, place of the threadgroup along z
         uint k, count;           // its first k and stages
         uint lane, simdgroup, along_n, along_k;
-        uint stages, full, empty; // addresses
-        uint held, shift;         // scales of a row that a stage has; weight k has scale k >> shift
+        uint stages;      // address
+        uint held, shift; // scales of a row that a stage has; weight k has scale k >> shift
+        uint full(uint slot) const { return stages + kFull + slot * 8; }
+        uint empty(uint slot) const { return stages + kEmpty + slot * 8; }
+        void move(Tiles tiles) {
+            first = tiles.row() + (kShare > 1 ? rank * kRows : 0);
+            token = tiles.token();
+        }
     };
     struct Turn {
         uint slot, parity;
@@ -82,12 +95,19 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
             if (++slot == kStages) slot = 0, parity ^= 1;
         }
     };
+    // A simdgroup has read a stage, which the threadgroups that copy to it wait for.
+    static void release(thread const Place& at, uint slot) {
+        if (kShare > 1 && at.lane < kShare)
+            PhaseBarrier::arrive_there(Parts::address(at.empty(slot), at.lane));
+        else if (kShare == 1 && at.lane == 0)
+            PhaseBarrier::arrive(at.empty(slot));
+    }
 
     // ---- simdgroups that copy
 
     static void ask_weights(thread const Arguments& a, thread const Place& at, ulong maps, uint slot,
                             uint k) {
-        const uint to = at.stages + slot * kStage + kX, full = at.full + slot * 8, strip = at.first / 16;
+        const uint to = at.stages + slot * kStage + kX, full = at.full(slot), strip = at.first / 16;
         const uint scales = kRows * at.held * sizeof(S);
         PhaseBarrier::expect(full, kX + kCodes + kPlaces + scales * (W::kAffine ? 2 : 1));
         copy_box3(to, maps + 128, 0, k / 64, strip, full);
@@ -98,28 +118,42 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
                       full);
     }
     static void ask_x(thread const Place& at, ulong maps, uint slot, uint k) {
-        copy_box3(at.stages + slot * kStage, maps, 0, at.token, k / 64, at.full + slot * 8);
+        const uint to = at.stages + slot * kStage, full = at.full(slot);
+        if (kShare == 1)
+            copy_box3(to, maps, 0, at.token, k / 64, full);
+        else // one part of the blocks, the same for all
+            copy_box3_to_all<kShare>(to + at.rank * (kX / kShare), maps, 0, at.token,
+                                     k / 64 + at.rank * (kBlocks / kShare), full);
     }
 
-    static void produce(thread const Arguments& a, thread const Place& at) {
+    static void produce(thread const Arguments& a, Place at, Tiles tiles) {
         const ulong maps = descriptor_at<7>();
         const bool elected = elect_one();
-        for (uint i = 0; i < kStages && i < at.count; ++i) {
+        const uint early = kStages < at.count ? kStages : at.count;
+        at.move(tiles);
+        for (uint i = 0; i < early; ++i) {
             if (elected) ask_weights(a, at, maps, i, at.k + i * kDepth);
         }
         LaunchOrder::wait(); // x is of the kernel before; weights are older
-        for (uint i = 0; i < kStages && i < at.count; ++i) {
+        for (uint i = 0; i < early; ++i) {
             if (elected) ask_x(at, maps, i, at.k + i * kDepth);
         }
-        Turn turn = {0, 0};
-        for (uint i = kStages; i < at.count; ++i) {
-            PhaseBarrier::wait(at.empty + turn.slot * 8, turn.parity);
-            if (elected) {
-                ask_weights(a, at, maps, turn.slot, at.k + i * kDepth);
-                ask_x(at, maps, turn.slot, at.k + i * kDepth);
+        Turn turn = {early % kStages,
+                     early == kStages ? 0u : 1u}; // the first time, nobody has to have read a stage
+        uint first = early;
+        do {
+            at.move(tiles);
+            for (uint i = first; i < at.count; ++i) {
+                PhaseBarrier::wait(at.empty(turn.slot), turn.parity);
+                if (elected) {
+                    ask_weights(a, at, maps, turn.slot, at.k + i * kDepth);
+                    ask_x(at, maps, turn.slot, at.k + i * kDepth);
+                }
+                turn.next();
             }
-            turn.next();
-        }
+            first = 0;
+            tiles.next();
+        } while (kWhole && tiles.more());
     }
 
     // ---- what the others read
@@ -187,6 +221,9 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         return shared_load4(stage + kX + kCodes + (strip * kBlocks + block) * 128 + at.lane * 4);
     }
 
+    static float inverted(float power) {
+        return as_type<float>((254u << 23) - as_type<uint>(power));
+    } // of two
     static uint join(T a) { return uint(as_type<ushort>(a)) * 0x10001u; }
 
     // ---- few tokens
@@ -290,20 +327,20 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         }
     }
 
-    template <uint kRuns> static void few(thread const Place& at, thread Sums (&total)[kStrips]) {
+    template <uint kRuns>
+    static void few(thread const Place& at, thread Turn& turn, thread Sums (&total)[kStrips]) {
         // rows of 128 bytes, whose 16-byte chunk c lies at c ^ row % 8; a matrix is 8 tokens of 8 k
         const uint matrix = at.lane / 8, row = at.lane % 8;
         const uint token = kTiles == 1 ? row : matrix / 2 * 8 + row,
                    chunk = kTiles == 1 ? matrix : matrix % 2;
         const uint x_at = token * 128 + ((chunk ^ row) << 4) + at.along_k * kXBlock;
-        Turn turn = {0, 0};
         for (uint i = 0; i < at.count; ++i) {
-            PhaseBarrier::wait(at.full + turn.slot * 8, turn.parity);
+            PhaseBarrier::wait(at.full(turn.slot), turn.parity);
             const uint stage = at.stages + turn.slot * kStage;
 #pragma unroll
             for (uint t = 0; t < kTurns; ++t) few_block<kRuns>(at, stage, x_at, t, total);
             simdgroup_barrier(mem_flags::mem_threadgroup);
-            if (at.lane == 0) PhaseBarrier::arrive(at.empty + turn.slot * 8);
+            release(at, turn.slot);
             turn.next();
         }
     }
@@ -316,27 +353,27 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
     static void decode(thread const Place& at, uint stage, uint block, thread const float (&inverse)[2],
                        thread uint (&left)[kSteps][4]) {
         const Codes codes = Codes::load(codes_at(at, stage, at.along_n, block));
-        uint scales[2][kRuns], shifts[2][kRuns], offsets[2][kRuns];
-#pragma unroll
-        for (uint run = 0; run < kRuns; ++run) {
-            const Numbers v = numbers(at, stage, at.along_n, (block * 64 + run * (64 / kRuns)) >> at.shift);
-#pragma unroll
-            for (uint h = 0; h < 2; ++h) {
-                scales[h][run] = join(T(v.scale[h] * (inverse[h] * ManyDecode::kUnit)));
-                if (W::kZero) shifts[h][run] = join(T(-v.zero[h]));
-                if (W::kBias) offsets[h][run] = join(T(v.bias[h] * inverse[h]));
-            }
-        }
+        uint scales[2], shifts[2], offsets[2];
 #pragma unroll
         for (uint step = 0; step < kSteps; ++step) {
+            if (step * kRuns % kSteps == 0) {
+                const Numbers v =
+                    numbers(at, stage, at.along_n, (block * 64 + step * (64 / kSteps)) >> at.shift);
+#pragma unroll
+                for (uint h = 0; h < 2; ++h) {
+                    scales[h] = join(T(v.scale[h] * (inverse[h] * ManyDecode::kUnit)));
+                    if (W::kZero) shifts[h] = join(T(-v.zero[h]));
+                    if (W::kBias) offsets[h] = join(T(v.bias[h] * inverse[h]));
+                }
+            }
             uint w[4];
             codes.template operand<ManyDecode>(step, w);
 #pragma unroll
             for (uint i = 0; i < 4; ++i) {
-                const uint h = i % 2, run = step * kRuns / kSteps;
-                if (W::kZero) w[i] = Pair::plus(w[i], shifts[h][run]);
-                left[step][i] = W::kBias ? Pair::fma(w[i], scales[h][run], offsets[h][run])
-                                         : Pair::times(w[i], scales[h][run]);
+                const uint h = i % 2;
+                if (W::kZero) w[i] = Pair::plus(w[i], shifts[h]);
+                left[step][i] =
+                    W::kBias ? Pair::fma(w[i], scales[h], offsets[h]) : Pair::times(w[i], scales[h]);
             }
         }
     }
@@ -352,12 +389,11 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
     }
 
     template <uint kRuns>
-    static void many(thread const Place& at, thread const float (&inverse)[2],
+    static void many(thread const Place& at, thread const float (&inverse)[2], thread Turn& turn,
                      thread float (&d)[kTokens / 2]) {
-        Turn turn = {0, 0};
         uint before = 0, left[2][kSteps][4], places[2];
         for (uint i = 0; i < at.count; ++i) {
-            PhaseBarrier::wait(at.full + turn.slot * 8, turn.parity);
+            PhaseBarrier::wait(at.full(turn.slot), turn.parity);
             const uint stage = at.stages + turn.slot * kStage;
 #pragma unroll
             for (uint t = 0; t < kTurns; ++t) {
@@ -372,13 +408,14 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
                         places[t % 2]);
                 WgmmaGroup::commit();
                 WgmmaGroup::wait<1>();
-                if (t == 0 && i > 0 && at.lane == 0) PhaseBarrier::arrive(at.empty + before * 8);
+                if (t == 0 && i > 0) release(at, before);
             }
             before = turn.slot;
             turn.next();
         }
         WgmmaGroup::wait<0>();
         Wgmma<T, kTokens>::hold(d);
+        release(at, before);
     }
 
     // ---- sums become outputs
@@ -420,35 +457,35 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         if (kSplit > 1) Parts::barrier(); // nobody leaves before its sums have been read
     }
 
-    // Every simdgroup has whole sums: they are rounded at once and turned to rows of y in threadgroup memory.
+    // Every simdgroup has whole sums: they are rounded at once and, 16 tokens at a time, turned to rows of y.
     static void write(thread const Arguments& a, thread const Place& at, Epilogue epilogue,
                       thread const float (&power)[2], thread const float (&d)[kTokens / 2]) {
-        const uint lane = at.lane, strip = at.along_n * 16;
-        const uint to = at.stages + (lane / 16 * 8 + lane % 8) * kYStride + (strip + lane / 8 % 2 * 8) * 2;
+        const uint lane = at.lane, first = at.first + at.along_n * 16;
+        // rows of 32 bytes, whose 16-byte chunk c lies at c ^ row / 4 % 2
+        const uint outputs = at.stages + kStages * kStage + at.simdgroup * 512,
+                   row = lane / 16 * 8 + lane % 8;
+        const uint to = outputs + row * 32 + ((lane / 8 ^ lane / 4) % 2 << 4);
+        const uint token = lane / 2, from = outputs + token * 32 + ((lane ^ token / 4) % 2 << 4);
+        device T* y = a.y + ulong(at.token + token) * a.N + first + lane % 2 * 8;
 #pragma unroll
         for (uint j = 0; j < kTiles; j += 2) {
             uint v[4];
 #pragma unroll
             for (uint i = 0; i < 4; ++i) { // 8 tokens i / 2, 8 rows i % 2
-                T y[2];
+                T number[2];
 #pragma unroll
                 for (uint e = 0; e < 2; ++e) {
                     const uint m = at.token + (j + i / 2) * 8 + lane % 4 * 2 + e;
-                    y[e] = T(epilogue.apply(d[(j + i / 2) * 4 + i % 2 * 2 + e] * power[i % 2], m,
-                                            at.first + strip + lane / 4 + i % 2 * 8));
+                    number[e] = T(epilogue.apply(d[(j + i / 2) * 4 + i % 2 * 2 + e] * power[i % 2], m,
+                                                 first + lane / 4 + i % 2 * 8));
                 }
-                v[i] = pack(y[0], y[1]);
+                v[i] = pack(number[0], number[1]);
             }
-            shared_transposed(to + j * 8 * kYStride, v);
-        }
-        meet();
-        for (uint i = at.simdgroup * kSimdWidth + lane; i < kTokens * kRows / 8; i += kWorkers) {
-            const uint row = i / (kRows / 8), n = at.first + i % (kRows / 8) * 8;
-            if (at.token + row >= a.M) break;
-            if (n < a.N) {
-                *(device uint4*)(a.y + ulong(at.token + row) * a.N + n) =
-                    shared_load16(at.stages + row * kYStride + i % (kRows / 8) * 16);
-            }
+            shared_transposed(to, v);
+            simdgroup_barrier(mem_flags::mem_threadgroup);
+            if (at.token + j * 8 + token < a.M && first < a.N)
+                *(device uint4*)(y + ulong(j * 8) * a.N) = shared_load16(from);
+            simdgroup_barrier(mem_flags::mem_threadgroup);
         }
     }
 
@@ -456,7 +493,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
     struct FewTokens {};
     struct ManyTokens {};
 
-    static void finish(FewTokens, thread const Arguments& a, thread const Place& at, Epilogue epilogue) {
+    static void finish(FewTokens, thread const Arguments& a, thread const Place& at, thread Turn& turn,
+                       Epilogue epilogue) {
         Sums total[kStrips];
 #pragma unroll
         for (uint r = 0; r < kStrips; ++r) {
@@ -467,11 +505,11 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
             }
         }
         if (a.shift >= 6)
-            few<1>(at, total);
+            few<1>(at, turn, total);
         else if (a.shift == 5)
-            few<2>(at, total);
+            few<2>(at, turn, total);
         else
-            few<kSteps>(at, total);
+            few<kSteps>(at, turn, total);
         meet(); // all stages have been read
         const float unit = FewDecode::kUnit * a.factor();
 #pragma unroll
@@ -487,27 +525,27 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         add(a, at, epilogue);
     }
 
-    static void finish(ManyTokens, thread const Arguments& a, thread const Place& at, Epilogue epilogue) {
-        float d[kTokens / 2], power[2], inverse[2];
+    static void finish(ManyTokens, thread const Arguments& a, thread const Place& at, thread Turn& turn,
+                       Epilogue epilogue) {
+        float d[kTokens / 2], inverse[2];
 #pragma unroll
         for (uint i = 0; i < kTokens / 2; ++i) d[i] = 0;
 #pragma unroll
         for (uint h = 0; h < 2; ++h) {
-            power[h] = a.powers[min(at.first + at.along_n * 16 + at.lane / 4 + h * 8, a.N - 1)];
-            inverse[h] = as_type<float>((254u << 23) - as_type<uint>(power[h]));
+            inverse[h] = inverted(a.powers[min(at.first + at.along_n * 16 + at.lane / 4 + h * 8, a.N - 1)]);
         }
         if (a.shift >= 6)
-            many<1>(at, inverse, d);
+            many<1>(at, inverse, turn, d);
         else if (a.shift == 5)
-            many<2>(at, inverse, d);
+            many<2>(at, inverse, turn, d);
         else
-            many<kSteps>(at, inverse, d);
-        power[0] *= a.factor(), power[1] *= a.factor();
-        meet(); // all stages have been read
+            many<kSteps>(at, inverse, turn, d);
+        const float power[2] = {inverted(inverse[0]) * a.factor(), inverted(inverse[1]) * a.factor()};
         if (kWhole) {
             write(a, at, epilogue, power, d);
             return;
         }
+        meet(); // all stages have been read
 #pragma unroll
         for (uint c = 0; c < kTiles; ++c) {
             float v[4];
@@ -521,43 +559,48 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
     static Place place(thread const Arguments& a, GemmPlace where, threadgroup const Shared& sh) {
         const uint across = kAlongN * (kFew ? 1 : 4), stages = (a.K + kDepth - 1) / kDepth;
         Place at;
-        at.first = where.tgid.x * kRows;
-        at.token = where.tgid.y * kTokens;
-        at.rank = kSplit > 1 ? where.tgid.z : 0;
-        const uint begin = stages * at.rank / kSplit;
+        at.rank = kSplit * kShare > 1 ? where.tgid.z : 0;
+        const uint part = kSplit > 1 ? at.rank : 0, begin = stages * part / kSplit;
         at.k = begin * kDepth;
-        at.count = stages * (at.rank + 1) / kSplit - begin;
+        at.count = stages * (part + 1) / kSplit - begin;
         at.lane = where.lane;
         at.simdgroup = where.sgid;
         at.along_n = where.sgid % across;
         at.along_k = where.sgid / across;
         at.stages = AsyncCopy::address(sh.stages);
-        at.full = AsyncCopy::address(sh.full);
-        at.empty = AsyncCopy::address(sh.empty);
         at.held = a.group >= kDepth ? 1 : kDepth / a.group;
         at.shift = a.shift;
         return at;
     }
 
-    static void run(Arguments a, GemmPlace where, threadgroup Shared& sh, Epilogue epilogue) {
+    static void run(Arguments a, Tiles tiles, GemmPlace where, threadgroup Shared& sh, Epilogue epilogue) {
         LaunchOrder::let_next_start();
-        if (kSplit > 1) Parts::form();
-        const Place at = place(a, where, sh);
+        if (kSplit * kShare > 1) Parts::form();
+        Place at = place(a, where, sh);
         if (at.simdgroup == 0 && at.lane == 0) {
             for (uint i = 0; i < kStages; ++i) {
-                PhaseBarrier::start(at.full + i * 8, 1);
-                PhaseBarrier::start(at.empty + i * 8, kSimdgroups);
+                PhaseBarrier::start(at.full(i), 1);
+                PhaseBarrier::start(at.empty(i), kSimdgroups * kShare);
             }
             PhaseBarrier::publish();
         }
-        threadgroup_barrier(mem_flags::mem_threadgroup);
+        if (kShare > 1)
+            Parts::barrier(); // others copy to this threadgroup
+        else
+            threadgroup_barrier(mem_flags::mem_threadgroup);
         if (at.simdgroup >= kSimdgroups) {
-            if (kHandOver) Registers::give<24>();
-            if (at.simdgroup == kSimdgroups) produce(a, at);
+            if (kHandOver) Registers::give<40>(); // of 168: four simdgroups give what eight take
+            if (at.simdgroup == kSimdgroups) produce(a, at, tiles);
             return;
         }
-        if (kHandOver) Registers::take<240>();
-        finish(conditional_t<kFew, FewTokens, ManyTokens>(), a, at, epilogue);
+        if (kHandOver) Registers::take<232>();
+        Turn turn = {0, 0};
+        do {
+            at.move(tiles);
+            finish(conditional_t<kFew, FewTokens, ManyTokens>(), a, at, turn, epilogue);
+            tiles.next();
+        } while (kWhole && tiles.more());
+        if (kShare > 1) Parts::barrier(); // nobody leaves before others have arrived at its barriers
     }
 };
 template <typename W, typename T, typename Schedule, typename Epilogue>
