@@ -314,6 +314,8 @@ def test_times_are_of_kernels_on_a_gpu() -> None:
 
 def test_shipped_tables_name_kernels_that_exist() -> None:
     shipped = Path(metal_marlin.__file__).parent / "tables"
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    assert '"tables/*.json"' in project.read_text()
     files = ("marlin_gemm.metal", "decode_gemv.metal", "kernels_autotune.metal", "gemm_fp4_optimized.metal")
     tiles = set(MetalKernelLibrary(packed.FAMILY, device="cpu").kernels)
     known = {row for file in files for row in MetalKernelLibrary(file, device="cpu").kernels} | {tuned.LIBRARY}
