@@ -2,12 +2,16 @@
 
     python bench/gemm.py [--device cuda] [--dtype half bf16 f32] [--format fp4 int4] [--tokens 16 128 512 4096]
                          [--shapes large smollm2 4096x14336] [--group 128] [--kernel marlin_gemm_fp4_single_stage]
+                         [--peers humming gemlite int4pack]
 
 Correctness comes first, on the data that is timed. A shape is NxK or the name of a model's shapes. `linear` is what
 users call; up to 128 tokens the matrix-vector kernel is timed too: where the two cross is what the numbers
-of ops/linear.py should say. `dense` is torch.matmul with dequantised weights, `int4pack` torch's own int4 product in
-bfloat16, `onnxruntime` its MatMulNBits with int8 activations (CPU, where that is installed). --tiles times every
-tile that suits the tokens. Buffers rotate past the last-level cache; on NVIDIA GPUs the launches are a CUDA graph's.
+of ops/linear.py should say. `dense` is torch.matmul with dequantised weights (on NVIDIA GPUs `dense_bf16` too), others
+are products of other libraries with four bits and groups of 128, those that are installed or just those that --peers
+names: `int4pack` torch's own int4 product in bfloat16, `humming` and `gemlite` (bench/peers_cuda.py), `onnxruntime` its
+MatMulNBits with int8 activations on the CPU. --tiles times every tile that suits the tokens. Buffers rotate past the
+last-level cache; on NVIDIA GPUs the launches are a CUDA graph's. The last table says how many times as fast as the
+fastest of the others ours is, `linear` or `linear_packed`.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import re
 import torch
 from common import (
     Candidate,
+    Times,
     graph_times,
     host_times,
     require_correct,
@@ -27,7 +32,7 @@ from common import (
     table,
     usable_devices,
 )
-from peers import NAMES, has_int4pack, has_onnxruntime, int4pack, onnxruntime
+from peers import NAMES, PEERS, peers
 
 from metal_marlin.formats import CODECS, codec
 from metal_marlin.ops import packed_tiles
@@ -102,8 +107,21 @@ def packed(
     return run
 
 
-def candidates(case: Case, device: str, sets: int, kernels: list[str], only: str) -> tuple[dict[str, Candidate], float]:
-    """What to time, of ours what starts with ``only``, and the largest error of ours."""
+def dense_products(
+    case: Case, device: str, xs: list[torch.Tensor], dense: list[torch.Tensor], outs: list[torch.Tensor]
+) -> dict[str, Candidate]:
+    """torch's product of the activations' dtype, and of bfloat16 where that may be faster than half."""
+    found: dict[str, Candidate] = {"dense": lambda i: torch.matmul(xs[i], dense[i % len(dense)].T, out=outs[i])}
+    if device.startswith("cuda") and case.dtype == torch.float16:
+        x, w, out = xs[0].bfloat16(), [d.bfloat16() for d in dense], outs[0].bfloat16()
+        found["dense_bf16"] = lambda i: torch.matmul(x, w[i % len(w)].T, out=out)
+    return found
+
+
+def candidates(
+    case: Case, device: str, sets: int, kernels: list[str], only: str, others: list[str] | None
+) -> tuple[dict[str, Candidate], float]:
+    """What to time, of ours what starts with ``only``, of other libraries ``others``, and the largest error of ours."""
     data = [case.tensors(device, seed) for seed in range(min(2, sets))]
     data += [tuple(None if t is None else t.clone() for t in data[i % 2]) for i in range(2, sets)]
     outs = [d[0].new_full((case.M, case.N), float("nan")) for d in data]
@@ -133,19 +151,18 @@ def candidates(case: Case, device: str, sets: int, kernels: list[str], only: str
             call(i)
             synchronize(device)
             error = max(error, require_correct(f"{case} {name}", outs[i], wanted, LIMITS[case.dtype]))
-    if case.M <= 256 and has_int4pack(case.N, case.K, device):
-        found["int4pack"] = int4pack(case.M, case.N, case.K, device, sets)[0]
-    if case.M <= 256 and has_onnxruntime(case.K, device):
-        found["onnxruntime"] = onnxruntime(case.M, case.N, case.K, sets)[0]
-    found["dense"] = lambda i: torch.matmul(data[i][0], dense[i % len(dense)].T, out=outs[i])
-    return found, error
+    found |= {name: peer[0] for name, peer in peers(case.M, case.N, case.K, device, sets, others).items()}
+    return found | dense_products(case, device, [d[0] for d in data], dense, outs), error
 
 
-def measure(case: Case, device: str, kernels: list[str], only: str = "") -> list[tuple[str, ...]]:
+def measure(
+    case: Case, device: str, kernels: list[str], only: str = "", others: list[str] | None = None
+) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """Rows of the table, and the row of the last one, if there is one."""
     operations = 2 * case.M * case.N * case.K
     moved = case.N * case.K * codec(case.format).bits // 8 + case.M * (case.N + case.K) * case.dtype.itemsize
     sets = sets_needed(moved, device, most=8)
-    calls, error = candidates(case, device, sets, kernels, only)
+    calls, error = candidates(case, device, sets, kernels, only, others)
     if device.startswith("cuda"):
         times = graph_times(calls, device, inner=max(16, sets), sets=sets)
     else:
@@ -160,7 +177,17 @@ def measure(case: Case, device: str, kernels: list[str], only: str = "") -> list
         verdict = "" if goal is None else f"{'PASS' if share >= goal else 'BELOW'} (≥ {goal:g})"
         figures = (f"{t.median:.1f}", f"{t.p20:.1f}", f"{t.p80:.1f}", f"{t.tflop_per_s(operations):.3f}")
         rows.append((str(case), name, *figures, f"{share:.2f}", "" if dense else f"{error:.1e}", verdict))
-    return rows
+    return rows, beside(case, times)
+
+
+def beside(case: Case, times: dict[str, Times]) -> list[tuple[str, ...]]:
+    """Ours, the fastest of the others, and how many times as fast ours is."""
+    ours, others = ([n for n in names if n in times] for names in (("linear", "linear_packed"), NAMES))
+    if not ours or not others:
+        return []
+    mine, other = (min(names, key=lambda name: times[name].median) for names in (ours, others))
+    a, b = times[mine].median, times[other].median
+    return [(str(case), mine, f"{a:.1f}", other, f"{b:.1f}", f"{b / a:.2f}")]
 
 
 def main() -> None:
@@ -174,10 +201,12 @@ def main() -> None:
     parser.add_argument("--kernel", nargs="+", default=[], help="variants to time as well")
     parser.add_argument("--tiles", action="store_true", help="time every tile that suits the tokens")
     parser.add_argument("--only", default="", help="of ours, time what starts so, such as packed_gemm")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="other libraries; by default all installed")
     options = parser.parse_args()
     heading = ("case", "candidate", "µs", "p20", "p80", "TFLOP/s", "of dense", "error", "goal")
     for device in usable_devices(options.device):
         rows: list[tuple[str, ...]] = []
+        last = [("case", "ours", "µs", "best of the others", "µs", "times as fast")]
         for shape in shapes(options.shapes):
             for name in options.format:
                 zeros = codec(name).zero_kinds[0]
@@ -188,8 +217,10 @@ def main() -> None:
                         kernels = [f"marlin_gemm_{name}", *(k for k in options.kernel if f"_{name}" in k)]
                         kernels += [f"decode_gemv_{name}_batched"] if tokens <= 128 else []
                         kernels += tiles(case) if options.tiles else []
-                        rows += measure(case, device, kernels, options.only)
+                        found, ratio = measure(case, device, kernels, options.only, options.peers)
+                        rows, last = rows + found, last + ratio
         table(device, [heading, *rows])
+        table(f"{device}: beside the best of the others", last)
 
 
 if __name__ == "__main__":

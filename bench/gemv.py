@@ -31,7 +31,7 @@ from common import (
     table,
     usable_devices,
 )
-from peers import NAMES, has_int4pack, has_onnxruntime, int4pack, onnxruntime
+from peers import NAMES, peers
 
 from metal_marlin.formats import codec
 from metal_marlin.ops.linear_decode import CASES, Case, linear_decode, linear_decode_ref, plan
@@ -115,11 +115,8 @@ def candidates(case: Case, device: str, sets: int, kernel: str | None) -> dict[s
     ]
     dense_bytes = case.N * case.K * case.dtype.itemsize
     found["dense"] = Timed(lambda i: torch.mm(data[i][0], weights[i % 2].T, out=outs[i]), dense_bytes, None)
-    if has_int4pack(case.N, case.K, device):
-        found["int4pack"] = Timed(*int4pack(case.M, case.N, case.K, device, sets))
-    if has_onnxruntime(case.K, device):
-        found["onnxruntime"] = Timed(*onnxruntime(case.M, case.N, case.K, sets))
-    return found
+    others = peers(case.M, case.N, case.K, device, sets)
+    return found | {name: Timed(*peer) for name, peer in others.items()}
 
 
 def measure(case: Case, device: str, ceiling: float, kernel: str | None) -> list[tuple[str, ...]]:

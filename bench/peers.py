@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from common import Candidate, require_correct
+from peers_cuda import GROUP, gemlite, has_gemlite, has_humming, humming
 
-GROUP = 128
-NAMES = ("dense", "int4pack", "onnxruntime")  # candidates that are not ours
+
+@dataclass(frozen=True)
+class Peer:
+    """A product of another library: whether it runs for W [N, K] on a device; what makes a candidate for M, N, K, a
+    device and so many copies of W, with the bytes of W and its error; most tokens for which it is timed unasked."""
+
+    has: Callable[[int, int, str], bool]
+    make: Callable[[int, int, int, str, int], tuple[Candidate, int, float]]
+    most: int
 
 
 def has_int4pack(N: int, K: int, device: str) -> bool:
@@ -38,13 +49,13 @@ def int4pack(M: int, N: int, K: int, device: str, sets: int) -> tuple[Candidate,
     return lambda i: product(x, copies[i], GROUP, both), N * K // 2 + 4 * N * groups, error
 
 
-def has_onnxruntime(K: int, device: str) -> bool:
+def has_onnxruntime(N: int, K: int, device: str) -> bool:
     """Whether onnxruntime is installed (with onnx, which writes its model) and multiplies on this device."""
     found = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"))
     return device == "cpu" and K % GROUP == 0 and found
 
 
-def onnxruntime(M: int, N: int, K: int, sets: int) -> tuple[Candidate, int, float]:
+def onnxruntime(M: int, N: int, K: int, device: str, sets: int) -> tuple[Candidate, int, float]:
     """onnxruntime's MatMulNBits with accuracy_level 4: x float32, rounded to int8 inside; w = (q - 8) * scale in groups
     of 128; bytes of W; its error."""
     rng = torch.Generator().manual_seed(1)
@@ -97,3 +108,24 @@ def _onnx_session(model: bytes) -> Any:
     options = runtime.SessionOptions()
     options.use_per_session_threads = False
     return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+PEERS = {
+    "int4pack": Peer(has_int4pack, int4pack, 256),
+    "onnxruntime": Peer(has_onnxruntime, onnxruntime, 256),
+    "humming": Peer(has_humming, humming, 1 << 20),
+    "gemlite": Peer(has_gemlite, gemlite, 256),
+}
+NAMES = ("dense", "dense_bf16", *PEERS)  # candidates that are not ours
+
+
+def peers(
+    M: int, N: int, K: int, device: str, sets: int, asked: list[str] | None = None
+) -> dict[str, tuple[Candidate, int, float]]:
+    """Candidates, bytes of W and errors of the peers ``asked`` for, which must be there; None: of those that are."""
+    if asked is None:
+        asked = [name for name, peer in PEERS.items() if peer.most >= M and peer.has(N, K, device)]
+    for name in asked:
+        if not PEERS[name].has(N, K, device):
+            sys.exit(f"--peers {name}: it is not installed, or has no product for W [{N}, {K}] on {device}")
+    return {name: PEERS[name].make(M, N, K, device, sets) for name in asked}

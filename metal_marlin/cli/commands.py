@@ -90,13 +90,14 @@ def kernels(
     ] = "",
     format: Annotated[str, typer.Option(help="With --plan: of W; format:zeros says the zeros.")] = "fp4",
     dtype: Annotated[str, typer.Option(help="With --plan: of x and the scales: half, bf16, f32.")] = "half",
+    layout: Annotated[str, typer.Option(help="With --plan: canonical, mma16; both where layers may hold W so.")] = "",
 ) -> None:
     """List the kernels that ship with the package, and what each belongs to; or say which ones a product runs."""
     from metal_marlin.cli import kernels as command
 
     if plan is not None:
-        raise typer.Exit(command.run_plan(*plan, device=device, format=format, dtype=dtype, as_json=json))
-
+        status = command.run_plan(*plan, device=device, format=format, dtype=dtype, layout=layout, as_json=json)
+        raise typer.Exit(status)
     raise typer.Exit(command.run(as_json=json, audit=audit, every=missing))
 
 
@@ -109,13 +110,14 @@ def tune(
     dtype: Annotated[list[str] | None, typer.Option(help="half, bf16, f32, of x and the scales; half.")] = None,
     group: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
     tokens: Annotated[list[int] | None, typer.Option(help="Numbers of tokens; all powers of two to 4096.")] = None,
+    layout: Annotated[list[str] | None, typer.Option(help="Of W: canonical, mma16; those that layers hold.")] = None,
     out: Annotated[Path | None, typer.Option(dir_okay=False, help="The table; the user's for the device.")] = None,
     json: AsJson = False,
 ) -> None:
     """Time the kernels that a product with quantised weights may run; use the fastest unless METAL_MARLIN_TUNED=off."""
     from metal_marlin.cli import tune as command
 
-    raise typer.Exit(command.run(model, shape, device, format, dtype, group, tokens, out, json))
+    raise typer.Exit(command.run(model, shape, device, format, dtype, group, tokens, layout, out, json))
 
 
 @app.command("compile")
@@ -228,19 +230,9 @@ def check(
     from metal_marlin.cli.run import Options
 
     options = Options(
-        file=file,
-        kernel=kernel,
-        threads=threads,
-        threadgroups=threadgroups,
-        threads_per_threadgroup=threads_per_threadgroup,
-        args=arg or [],
-        threadgroup_memory=threadgroup_memory or [],
-        constants=constant or [],
-        device="cpu",
-        lanes=32,
-        seed=seed,
-        save=[],
-    )
+        file, kernel, threads, threadgroups, threads_per_threadgroup, arg or [], threadgroup_memory or [],
+        constant or [], "cpu", 32, seed, [],
+    )  # fmt: skip
     status = command.run(
         options,
         seeds=schedules,

@@ -32,10 +32,10 @@ def run(*, as_json: bool, audit: Path | None, every: bool = False) -> int:
     return 0
 
 
-def run_plan(M: int, N: int, K: int, *, device: str, format: str, dtype: str, as_json: bool) -> int:
-    """Say what ``linear`` launches. Exit status: 0."""
+def run_plan(M: int, N: int, K: int, *, device: str, format: str, dtype: str, layout: str, as_json: bool) -> int:
+    """Say what ``linear`` and, where layers hold W in operand order, ``linear_packed`` launch. Exit status: 0."""
     name, _, zeros = format.partition(":")
-    steps = explain(M, N, K, device=device, format=name, zeros=zeros or "none", dtype=dtype)
+    steps = explain(M, N, K, device=device, format=name, zeros=zeros or "none", dtype=dtype, layout=layout)
     if as_json:
         print_json([asdict(step) for step in steps])
     elif not console.is_terminal:

@@ -10,7 +10,10 @@ import torch
 
 from metal_marlin.cli.console import console, print_json, print_table
 from metal_marlin.errors import ArgumentError
-from metal_marlin.formats import codec
+from metal_marlin.formats import CANONICAL, MMA16, codec, operands
+from metal_marlin.ops.explain import prepacked
+from metal_marlin.ops.marlin_gemm import is_hopper
+from metal_marlin.ops.packed import has_rows
 from metal_marlin.ops.tuned import Problem
 from metal_marlin.ops.tuning import TOKENS, Measured, Session, tune_shape
 from metal_marlin.ops.weights import KEYS
@@ -27,6 +30,7 @@ def run(
     dtypes: list[str] | None,
     group: int,
     tokens: list[int] | None,
+    layouts: list[str] | None,
     out: Path | None,
     as_json: bool,
 ) -> int:
@@ -40,6 +44,8 @@ def run(
         raise ArgumentError(f"--dtype {wrong[0]}: it is one of {', '.join(names)}")
     if wrong_tokens := [t for t in tokens if t not in TOKENS]:
         raise ArgumentError(f"--tokens {wrong_tokens[0]}: measured are {', '.join(map(str, TOKENS))}")
+    if wrong_layouts := [name for name in layouts or [] if name not in (CANONICAL, MMA16)]:
+        raise ArgumentError(f"--layout {wrong_layouts[0]}: it is {CANONICAL} or {MMA16}")
     where = torch.device(str(resolve_device(device or None)))
     session = Session(out)
     written: list[Path] = []
@@ -47,7 +53,7 @@ def run(
         for format in formats:
             for dtype in dtypes:
                 for N, K in dict.fromkeys(sizes):
-                    _shape(session, format, names[dtype], N, K, group, tokens, where, as_json)
+                    _shape(session, format, names[dtype], N, K, group, tokens, layouts, where, as_json)
     finally:
         written = session.save()
     if as_json:
@@ -65,6 +71,7 @@ def _shape(
     K: int,
     group: int,
     tokens: list[int],
+    layouts: list[str] | None,
     device: torch.device,
     quiet: bool,
 ) -> None:
@@ -77,16 +84,27 @@ def _shape(
         return
     scales = dtype if form.scale_kind == "float" else form.scale_dtypes[0]
     problem = Problem(name, zeros, dtype, scales, N, K)
-    rows = []
-    for M in tokens:
-        found = tune_shape(session, problem, M, groups[0], device)
-        if found is not None:
-            best, rest = found.times[found.chosen], sorted(found.times.items(), key=lambda item: item[1])
-            others = ", ".join(f"{k} {t:.1f}" for k, t in rest if k != found.chosen)
-            rows.append([str(M), found.chosen, f"{best:.1f}", others])
-    if rows and not quiet:
-        console.print(f"{problem} on {device}")
-        print_table(["tokens", "kernel", "µs", "others"], rows, right=("tokens", "µs"), whole="kernel")
+    for layout in layouts or _held(problem, device):
+        if layout == MMA16 and not (has_rows(dtype, scales, name) and operands.fits(form, N, K)):
+            console.print(f"{problem}: left out, it has no rows in layout {MMA16}")
+            continue
+        rows = []
+        for M in tokens:
+            found = tune_shape(session, problem, M, groups[0], device, layout)
+            if found is not None:
+                best, rest = found.times[found.chosen], sorted(found.times.items(), key=lambda item: item[1])
+                others = ", ".join(f"{k} {t:.1f}" for k, t in rest if k != found.chosen)
+                rows.append([str(M), found.chosen, f"{best:.1f}", others])
+        if rows and not quiet:
+            console.print(f"{problem} on {device}{'' if layout == CANONICAL else f', layout {layout}'}")
+            print_table(["tokens", "kernel", "µs", "others"], rows, right=("tokens", "µs"), whole="kernel")
+
+
+def _held(p: Problem, device: torch.device) -> list[str]:
+    """The layouts that layers may hold the weight in."""
+    hopper = device.type == "cuda" and is_hopper(device.index or 0)
+    packs = prepacked(p.N, p.K, p.format, p.dtype, p.scale_dtype, hopper)
+    return [CANONICAL, *([MMA16] if packs else [])]
 
 
 def _row(found: Measured) -> dict[str, object]:

@@ -16,9 +16,10 @@ from metal_marlin.formats.nf3 import NF3
 from metal_marlin.formats.nvfp4 import NVFP4
 from metal_marlin.formats.uint8 import UINT8
 
-__all__ = ["CANONICAL", "CODECS", "Codec", "Encoded", "codec"]
+__all__ = ["CANONICAL", "CODECS", "MMA16", "Codec", "Encoded", "codec"]
 
 CANONICAL = "canonical"  # layout tag of what files hold: row-per-output, little-endian, least significant code first
+MMA16 = "mma16"  # that of operand order: src/core/packed.h
 _ALL = (FP4, MXFP4, NVFP4, INT4, INT8, UINT8, FP8_E4M3, FP8_E5M2, INT2, INT3, NF3)
 CODECS: dict[str, Codec] = {c.name: c for c in _ALL}
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from metal_marlin.errors import ArgumentError
-from metal_marlin.formats import CANONICAL
+from metal_marlin.formats import CANONICAL, MMA16
 from metal_marlin.ops.linear import linear
 from metal_marlin.ops.packed import linear_packed
-from metal_marlin.quant.layouts import MMA16, prepack, unpack
+from metal_marlin.quant.layouts import prepack, unpack
 from metal_marlin.quant.rtn import quantize
 from metal_marlin.quant.tensor import NAMES, QuantizedTensor
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from metal_marlin.formats import CANONICAL
+from metal_marlin.formats import CANONICAL, MMA16
 from metal_marlin.nn.linear import QuantLinear
 from metal_marlin.nn.sparse import SparseLinear
 from metal_marlin.ops.marlin_gemm import is_hopper
 from metal_marlin.ops.packed import has_rows
-from metal_marlin.quant.layouts import LAYOUTS, MMA16
+from metal_marlin.quant.layouts import LAYOUTS
 
 
 def prepack_layers(model: nn.Module, dtype: torch.dtype) -> list[str]:

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from metal_marlin.errors import ArgumentError
-from metal_marlin.formats import CANONICAL
+from metal_marlin.formats import CANONICAL, MMA16
 from metal_marlin.ops.linear_sparse import linear_sparse
 from metal_marlin.ops.packed_sparse import linear_packed_sparse
-from metal_marlin.quant.layouts import MMA16
 from metal_marlin.quant.sparse import SparseTensor
 
 # field of the weight -> buffer

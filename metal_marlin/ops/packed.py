@@ -10,14 +10,14 @@ import torch
 
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec, operands
-from metal_marlin.ops import product
+from metal_marlin.ops import product, tuned
 from metal_marlin.ops.dequantize import dequantize
 from metal_marlin.ops.gemm_tiles import MULTIPROCESSORS, Tile, multiprocessors
 from metal_marlin.ops.linear_decode_cases import Case
 from metal_marlin.ops.packed_tiles import TILES
 from metal_marlin.ops.selfcheck import product_check
 from metal_marlin.ops.spec import Check, OpSpec
-from metal_marlin.ops.weights import library, read_row, row_name
+from metal_marlin.ops.weights import KEYS, library, plan_kind, read_row, row_name
 from metal_marlin.runtime.dispatch import dispatch_kernel
 from metal_marlin.runtime.tensor_map import NONE, blocked_map, group_map, strip_map
 
@@ -71,6 +71,29 @@ def plan(
     return Plan(row, TILES.threadgroups(tile, M, N, multiprocessors), TILES[tile].threads, tile)
 
 
+@functools.lru_cache(maxsize=8192)
+def chosen(
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    device: torch.device,
+    format: str,
+    zeros: str,
+) -> Plan:
+    """The plan where nobody asks for a tile: by a table of measured choices (ops/tuned.py), else the tile of least
+    time."""
+    kernel = None
+    if dtype in KEYS:
+        problem = tuned.Problem(format, zeros, dtype, scale_dtype, N, K)
+        kernel = tuned.choice(problem, M, plan_kind(device.type), device.index or 0, "linear_packed")
+    return plan(M, N, K, dtype, scale_dtype, format, zeros, kernel, multiprocessors(device))
+
+
+tuned.caches.append(chosen)
+
+
 def linear_packed_ref(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -105,6 +128,7 @@ def linear_packed(
     x: half or bfloat16, contiguous, K a multiple of 64. codes, scales (x's dtype, or bytes), powers and extra: the
     packed tensor's; zeros: its ``kernel_zeros``. kernel: a tile, for measurements; out: where to write. Sums are
     float32, y is rounded once. Made for CUDA devices of compute capability 9.0; others compute it by plain code.
+    A table of measured choices says which tile runs (ops/tuned.py), or else their fitted times.
     Differentiable in x (not with ``out``): the gradient is that of the decoded weights.
     Raises ArgumentError naming the argument and the numbers.
     """
@@ -189,7 +213,12 @@ def _run(
     out: torch.Tensor,
 ) -> None:
     M, N, K = _check(x, codes, scales, powers, extra, format, zeros, group_size, out)
-    p = plan(max(M, 1), N, K, x.dtype, scales.dtype, format, zeros, kernel, multiprocessors(x.device))
+    if kernel is None:
+        if tuned.active.session is not None:
+            tuned.active.session.see_packed(x, codes, scales, powers, extra, format, zeros, group_size)
+        p = chosen(max(M, 1), N, K, x.dtype, scales.dtype, x.device, format, zeros)
+    else:
+        p = plan(max(M, 1), N, K, x.dtype, scales.dtype, format, zeros, kernel, multiprocessors(x.device))
     if M == 0 or N == 0:
         return
     scales, extra = by_group(scales), extra if extra is None or zeros == "none" else by_group(extra)

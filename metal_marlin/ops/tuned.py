@@ -1,4 +1,4 @@
-"""Tables of measured choices: which kernel a product with quantised weights runs where somebody has timed it.
+"""Tables of measured choices: which kernel ``linear`` or ``linear_packed`` runs where somebody has timed it.
 
 A table belongs to a kind of device. The user's own (`metal-marlin tune`, `with tune():`) is read before the one that
 ships with the package; METAL_MARLIN_TUNED names another file, or is "off". Without an entry `plan` decides.
@@ -24,6 +24,7 @@ from metal_marlin.ops.weights import KEYS
 from metal_marlin.runtime.cache import default_directory
 
 VERSION = 1
+OPS = ("linear", "linear_packed")  # each a section of a table
 LIBRARY = "dequantize"  # in place of a kernel: decode W into memory, torch multiplies
 _ENV = "METAL_MARLIN_TUNED"
 _SHIPPED = Path(__file__).parent.parent / "tables"
@@ -47,30 +48,40 @@ class Problem:
 
 @dataclass
 class Table:
-    """Choices for one kind of device: problem -> tokens measured -> kernel, or ``LIBRARY``."""
+    """Choices for one kind of device: problem -> tokens measured -> kernel, or ``LIBRARY``. ``choices`` are those of
+    ``linear``, ``packed`` those of ``linear_packed``."""
 
     device: str
     choices: dict[str, dict[int, str]] = field(default_factory=dict)
     about: dict[str, str] = field(default_factory=dict)
+    packed: dict[str, dict[int, str]] = field(default_factory=dict)
 
-    def choice(self, problem: Problem, M: int) -> str | None:
+    def section(self, op: str) -> dict[str, dict[int, str]]:
+        """The choices of an op."""
+        return {"linear": self.choices, "linear_packed": self.packed}[op]
+
+    def choice(self, problem: Problem, M: int, op: str = "linear") -> str | None:
         """What was fastest for the next larger number of tokens measured; None beyond the largest, or without any."""
-        found = self.choices.get(str(problem))
+        found = self.section(op).get(str(problem))
         if not found or M < 1:
             return None
         tokens = sorted(found)
         at = bisect.bisect_left(tokens, M)
         return found[tokens[at]] if at < len(tokens) else None
 
-    def put(self, problem: Problem, M: int, kernel: str) -> None:
+    def put(self, problem: Problem, M: int, kernel: str, op: str = "linear") -> None:
         """Note that ``kernel`` is fastest for M tokens."""
-        self.choices.setdefault(str(problem), {})[M] = kernel
+        self.section(op).setdefault(str(problem), {})[M] = kernel
 
     def save(self, path: Path) -> None:
         """Write the table, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        linear = {name: {str(m): k for m, k in sorted(of.items())} for name, of in sorted(self.choices.items())}
-        text = json.dumps({"version": VERSION, "device": self.device, "about": self.about, "linear": linear}, indent=1)
+        data: dict[str, Any] = {"version": VERSION, "device": self.device, "about": self.about}
+        for op in OPS:
+            data[op] = {
+                name: {str(m): k for m, k in sorted(of.items())} for name, of in sorted(self.section(op).items())
+            }
+        text = json.dumps(data, indent=1)
         with whole_file(path) as file:
             file.write_text(text + "\n", encoding="utf-8")
 
@@ -83,8 +94,9 @@ class Table:
                 raise MetalMarlinError(
                     f"{path}: is a table of version {data['version']}, this is {VERSION}; tune again"
                 )
-            choices = {name: {int(m): str(k) for m, k in of.items()} for name, of in data["linear"].items()}
-            return Table(str(data["device"]), choices, dict(data["about"]))
+            data.setdefault("linear_packed", {})  # tables had none at first
+            sections = [{n: {int(m): str(k) for m, k in of.items()} for n, of in data[op].items()} for op in OPS]
+            return Table(str(data["device"]), sections[0], dict(data["about"]), sections[1])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise MetalMarlinError(f"{path}: is no table of tuned choices ({error}); delete it or tune again") from None
 
@@ -120,10 +132,10 @@ def tables(key: str) -> tuple[Table, ...]:
     return tuple(Table.load(path) for path in paths if path.is_file())
 
 
-def choice(problem: Problem, M: int, kind: str, index: int) -> str | None:
-    """The kernel that a table names for x [M, K] on a device; None: `plan` decides."""
+def choice(problem: Problem, M: int, kind: str, index: int, op: str = "linear") -> str | None:
+    """The kernel of ``op`` that a table names for x [M, K] on a device; None: `plan` decides."""
     for table in tables(device_key(kind, index)):
-        found = table.choice(problem, M)
+        found = table.choice(problem, M, op)
         if found is not None:
             return found
     return None

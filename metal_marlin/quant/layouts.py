@@ -10,10 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from metal_marlin.errors import ArgumentError
-from metal_marlin.formats import CANONICAL, codec, operands
+from metal_marlin.formats import CANONICAL, MMA16, codec, operands
 from metal_marlin.quant.tensor import QuantizedTensor
-
-MMA16 = "mma16"
 
 
 @dataclass(frozen=True)

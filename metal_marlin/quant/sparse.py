@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from metal_marlin.errors import ArgumentError
-from metal_marlin.formats import CANONICAL, codec, operands, sparse
+from metal_marlin.formats import CANONICAL, MMA16, codec, operands, sparse
 from metal_marlin.formats.sparse import pattern
-from metal_marlin.quant.layouts import MMA16
 from metal_marlin.quant.rtn import quantize
 
 

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from metal_marlin.cli.commands import app
 from metal_marlin.errors import ArgumentError
+from metal_marlin.ops import packed
 from metal_marlin.ops.explain import explain
 from metal_marlin.ops.linear import linear
 from metal_marlin.ops.marlin_gemm import Case
@@ -33,6 +34,35 @@ def test_is_what_runs(M: int, name: str, zeros: str, group: int, dtype: str, dev
     assert [s.kernel for s in steps if s.threads] == list(counters())
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ["half", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "zeros", "group"),
+    [("fp4", "none", 64), ("int4", "packed", 32), ("nvfp4", "none", 16), ("int8", "none", 64)],
+)
+@pytest.mark.parametrize("M", [1, 9, 40])
+def test_of_operand_order_is_what_runs(M: int, name: str, zeros: str, group: int, dtype: str, device: str) -> None:
+    number = {"half": torch.float16, "bf16": torch.bfloat16}[dtype]
+    x, w = packed.packed(Case(M, 48, 256, group, number, None, name, zeros), device)
+    where = "cpu" if device == "cpu" else ""
+    (step,) = explain(M, 48, 256, device=where, format=name, zeros=zeros, dtype=dtype, layout="mma16")
+    reset_counters()
+    packed.linear_packed(x, w.codes, w.scales, w.powers, group, format=name, zeros=w.kernel_zeros, extra=w.extra)
+    assert [step.kernel] == list(counters())
+    assert step.op == "linear_packed"
+
+
+def test_both_layouts_where_layers_may_hold_both() -> None:
+    def of(N: int, K: int, device: str, **options: str) -> list[str]:
+        return [step.op for step in explain(100, N, K, device=device, layout="", **options)]
+
+    assert of(4096, 4096, "cuda:sm_90a") == ["marlin_gemm", "linear_packed"]
+    assert of(4096, 4096, "cuda:sm_90a", dtype="f32") == ["marlin_gemm"]
+    assert of(4100, 4096, "cuda:sm_90a") == of(4096, 4128, "cuda:sm_90a") == ["marlin_gemm"]
+    assert of(4096, 4096, "cuda:sm_80") == ["dequantize", "torch.mm"]
+    assert of(4096, 4096, "cpu") == ["marlin_gemm"]
+
+
 def test_of_other_devices() -> None:
     def of(M: int, N: int, K: int, device: str, **options: str) -> list[str]:
         return [step.kernel for step in explain(M, N, K, device=device, **options)]
@@ -51,6 +81,9 @@ def test_of_other_devices() -> None:
         ((1, 8, 12), {}, "K = 12 is no multiple of 8"),
         ((1, 8, 8), {"dtype": "int"}, "dtype is 'int'"),
         ((1, 8, 8), {"format": "fp5"}, "fp5"),
+        ((1, 8, 8), {"layout": "rows"}, "layout is 'rows'"),
+        ((1, 24, 64), {"layout": "mma16"}, r"W is \[24, 64\]"),
+        ((1, 16, 64), {"layout": "mma16", "dtype": "f32"}, r"x is torch\.float32"),
     ],
 )
 def test_bad_input(sizes: tuple[int, int, int], options: dict[str, str], said: str) -> None:
@@ -66,6 +99,9 @@ def test_command() -> None:
 
     found = json.loads(call("64", "4096", "4096", "--device", "cuda:sm_90a", "--format", "int4:point", "--json"))
     assert [(s["op"], s["kernel"], s["threadgroups"], s["threads"]) for s in found] == [
-        ("marlin_gemm", "marlin_gemm_int4__zpoint_m64x64x2", [64, 1, 2], 256)
+        ("marlin_gemm", "marlin_gemm_int4__zpoint_m64x64x2", [64, 1, 2], 256),
+        ("linear_packed", "packed_gemm_int4__zpoint_m64x64x2", [64, 1, 2], 288),
     ]
+    assert call("8", "64", "64", "--device", "cuda:sm_90a", "--layout", "canonical").count("\n") == 1
+    assert call("8", "64", "64", "--device", "cpu", "--layout", "mma16").startswith("linear_packed\tpacked_gemm_fp4__m")
     assert call("1", "64", "64", "--device", "cpu").startswith("linear_decode\tdecode_gemv_fp4\t")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from metal_marlin.cli.commands import app
 from metal_marlin.cli.tune import model_shapes
 from metal_marlin.errors import MetalMarlinError
 from metal_marlin.formats import codec
-from metal_marlin.ops import tuned, tuning
+from metal_marlin.nn.linear import QuantLinear
+from metal_marlin.ops import packed, packed_tiles, tuned, tuning
 from metal_marlin.ops.explain import explain
 from metal_marlin.ops.gemm_tiles import fastest
 from metal_marlin.ops.linear import linear
@@ -28,6 +30,9 @@ from metal_marlin.runtime.library import MetalKernelLibrary
 HALF = torch.float16
 PROBLEM = Problem("fp4", "none", HALF, HALF, 48, 256)
 DECODE, GEMM = "decode_gemv_fp4_batched", "marlin_gemm_fp4"
+FIRST = f"packed_gemm_fp4__m{packed_tiles.TILES.fastest(8, 48, 256)}"
+OTHER = next(k for k in tuning.packed_candidates(PROBLEM, 8) if k != FIRST)
+SCALES = {word: dtype for dtype, word in KEYS.items()} | {"own": torch.uint8}
 Timer = Callable[..., float]
 
 
@@ -58,6 +63,14 @@ def run(M: int, offset: int = 0) -> list[str]:
     return list(counters())
 
 
+def run_packed(M: int, compiled: bool = False) -> list[str]:
+    x, w = packed.packed(Case(M, 48, 256, 64))
+    args = (x, w.codes, w.scales, w.powers, 64)
+    reset_counters()
+    (torch.compile(packed.linear_packed, backend="eager") if compiled else packed.linear_packed)(*args)
+    return list(counters())
+
+
 def test_a_table_decides(folder: Path) -> None:
     assert run(8) == [DECODE]
     table = Table(tuned.device_key("cpu"))
@@ -71,6 +84,31 @@ def test_a_table_decides(folder: Path) -> None:
     assert [s.kernel for s in explain(8, 48, 256)] == [GEMM]
     assert explain(8, 48, 256)[0].why == "measured on this device"
     assert [s.kernel for s in explain(8, 48, 256, device="cpu")] == [DECODE]
+
+
+def test_a_table_decides_tiles(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_packed(8) == [FIRST]
+    key = tuned.device_key("cpu")
+    for path, tokens in ((tuned._SHIPPED / f"{key}.json", 32), (tuned.user_path(key), 8)):
+        table = Table(key)
+        table.put(PROBLEM, tokens, OTHER, "linear_packed")
+        table.save(path)
+    tuned.forget()
+    # the user's table, the one that ships, the fitted times
+    assert [run_packed(M) for M in (1, 8, 9, 32)] == [[OTHER]] * 4
+    assert run_packed(33) == [f"packed_gemm_fp4__m{packed_tiles.TILES.fastest(33, 48, 256)}"]
+    assert run_packed(8, compiled=True) == [OTHER]
+    assert run(8) == [DECODE]  # another op
+    (step,) = explain(8, 48, 256, layout="mma16")
+    assert (step.kernel, step.why) == (OTHER, "measured on this device")
+    assert [s.kernel for s in explain(8, 48, 256, layout="mma16", device="cpu")] == [FIRST]
+    x, w = packed.packed(Case(8, 48, 256, 64))
+    reset_counters()
+    packed.linear_packed(x, w.codes, w.scales, w.powers, 64, kernel=FIRST)
+    assert list(counters()) == [FIRST]  # who asks for a tile gets it
+    monkeypatch.setenv("METAL_MARLIN_TUNED", "off")
+    tuned.forget()
+    assert run_packed(8) == [FIRST]
 
 
 def test_another_size_is_planned() -> None:
@@ -96,6 +134,54 @@ def test_tune_measures_once_and_uses_what_was_fastest(timer: dict[str, float], f
     with metal_marlin.tune() as session:
         run(8)
     assert session.measured == []
+
+
+def test_tune_measures_tiles(timer: dict[str, float], folder: Path) -> None:
+    timer[OTHER] = 5.0
+    with metal_marlin.tune() as session:
+        run_packed(7)
+        run_packed(8)
+    (found,) = session.measured
+    assert (found.op, found.M, found.chosen) == ("linear_packed", 8, OTHER)
+    assert found.times == {k: timer.get(k, 10.0) for k in tuning.packed_candidates(PROBLEM, 8)}
+    assert run_packed(8) == [OTHER]
+    data = json.loads(tuned.user_path(tuned.device_key("cpu")).read_text())
+    assert data["linear_packed"] == {"fp4-none-half-half-48x256": {"8": OTHER}}
+    assert data["linear"] == {}
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "int4"])
+def test_tune_measures_layers_in_operand_order(format: str, timer: dict[str, float]) -> None:
+    layer = QuantLinear.from_linear(torch.nn.Linear(128, 32, bias=False, dtype=HALF), format).prepack()
+    planned, tile, *_ = tuning.packed_candidates(Problem(format, "none", HALF, HALF, 32, 128), 32)
+    assert planned != tile
+    timer[tile] = 1.0
+    with metal_marlin.tune() as session:
+        layer(torch.ones(24, 128, dtype=HALF))
+    assert [(m.op, m.M, m.chosen) for m in session.measured] == [("linear_packed", 32, tile)]
+
+
+def test_times_of_tiles_are_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_SECONDS", 1e-4)
+    with metal_marlin.tune() as session:
+        run_packed(16)
+    assert session.measured[0].times.keys() == set(tuning.packed_candidates(PROBLEM, 16))
+    assert all(0 < t < 1e6 for t in session.measured[0].times.values())
+
+
+def test_wrong_results_of_tiles_have_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = packed._run
+    monkeypatch.setattr(packed, "_run", lambda *args: [real(*args), args[-1].mul_(1.5)])
+    _, w = packed.packed(Case(8, 48, 256, 64))
+    session = tuning.Session()
+    with pytest.raises(MetalMarlinError, match=f"{FIRST}: wrong result"):
+        session.measure_packed(PROBLEM, 8, w.codes, w.scales, w.powers, None, 64)
+
+
+def test_tables_without_tiles_are_read(folder: Path) -> None:
+    (folder / "t.json").write_text('{"version": 1, "device": "a", "about": {}, "linear": {"b": {"1": "c"}}}')
+    table = Table.load(folder / "t.json")
+    assert (table.choices, table.packed) == ({"b": {1: "c"}}, {})
 
 
 def test_a_little_faster_is_not_enough(timer: dict[str, float]) -> None:
@@ -196,9 +282,42 @@ def test_candidates() -> None:
     assert "gemm_fp4_optimized_decode" in tuning.candidates(PROBLEM, 16, "mps", False)
 
 
+def test_candidate_tiles() -> None:
+    large = Problem("int8", "none", HALF, HALF, 4096, 4096)
+    tiles = packed_tiles.TILES
+    for M in tuning.TOKENS:
+        first, *more = found = tuning.packed_candidates(large, M)
+        assert first == f"packed_gemm_int8__m{tiles.fastest(M, 4096, 4096)}"
+        assert more
+        assert len(set(found)) == len(found) < len(tiles)
+        times = [tiles[k.partition("__m")[2]].time(M, 4096, 4096) for k in found]
+        assert max(times) <= max(1.6 * times[0], times[0] + 3)
+        assert min(times) == times[0]
+    assert not any(k.endswith("x256") for k in tuning.packed_candidates(large, 1))
+    assert not any(k.endswith("x8") for k in tuning.packed_candidates(large, 512))
+
+
+@pytest.mark.cuda
+def test_times_are_of_kernels_on_a_gpu() -> None:
+    """What Python takes for a launch is no part of them."""
+    wanted = torch.ones(4, 1 << 20, device="cuda", dtype=HALF)
+    out = torch.empty_like(wanted)
+
+    def slow(i: int) -> None:
+        time.sleep(1e-3)
+        out.copy_(wanted)
+
+    assert 1 < tuning._time(slow, out, wanted.cpu().double(), "copy") < 500
+    with pytest.raises(MetalMarlinError, match="copy: wrong result"):
+        tuning._time(lambda i: None, out, wanted.cpu().double(), "copy")
+
+
 def test_shipped_tables_name_kernels_that_exist() -> None:
     shipped = Path(metal_marlin.__file__).parent / "tables"
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    assert '"tables/*.json"' in project.read_text()
     files = ("marlin_gemm.metal", "decode_gemv.metal", "kernels_autotune.metal", "gemm_fp4_optimized.metal")
+    tiles = set(MetalKernelLibrary(packed.FAMILY, device="cpu").kernels)
     known = {row for file in files for row in MetalKernelLibrary(file, device="cpu").kernels} | {tuned.LIBRARY}
     for path in shipped.glob("*.json"):
         table = Table.load(path)
@@ -210,6 +329,12 @@ def test_shipped_tables_name_kernels_that_exist() -> None:
             assert len(size.split("x")) == 2
             assert set(choices) <= set(tuning.TOKENS)
             assert set(choices.values()) <= known
+        for name, choices in table.packed.items():
+            format, zeros, dtype, scale, size = name.split("-")
+            N, K = map(int, size.split("x"))
+            assert set(choices) <= set(tuning.TOKENS)
+            for M, kernel in choices.items():
+                assert packed.plan(M, N, K, SCALES[dtype], SCALES[scale], format, zeros, kernel).kernel in tiles
 
 
 def test_command(timer: dict[str, float], folder: Path) -> None:
@@ -222,6 +347,24 @@ def test_command(timer: dict[str, float], folder: Path) -> None:
     result = CliRunner().invoke(app, [*words, "--out", str(folder / "t.json"), "--format", "int4:point"])
     assert "int4-point-half-half-48x256 on cpu" in result.output
     assert Table.load(folder / "t.json").choices.keys() == {"int4-point-half-half-48x256"}
+    assert Table.load(folder / "t.json").packed == {}  # a CPU's layers hold the canonical order
+
+
+def test_command_for_operand_order(timer: dict[str, float], folder: Path) -> None:
+    timer[OTHER] = 5.0
+    words = ["tune", "--shape", "48x256", "--device", "cpu", "--tokens", "8", "--group", "64", "--layout", "mma16"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "fp4-none-half-half-48x256 on cpu, layout mma16" in result.output
+    assert run_packed(8) == [OTHER]
+    assert run(8) == [DECODE]
+    out = folder / "t.json"
+    result = CliRunner().invoke(
+        app, [*words, "--out", str(out), "--format", "int4:packed", "--shape", "24x64", "--json"]
+    )
+    assert json.loads(result.output[result.output.index("[") :])[0]["problem"] == "int4-point-half-half-48x256"
+    assert "int4-packed-half-half-24x64: left out" in result.output
+    assert Table.load(out).packed.keys() == {"int4-point-half-half-48x256"}
 
 
 @pytest.mark.parametrize(
@@ -231,6 +374,7 @@ def test_command(timer: dict[str, float], folder: Path) -> None:
         (["--shape", "48"], "give NxK"),
         (["--shape", "8x8", "--dtype", "int"], "--dtype int"),
         (["--shape", "8x8", "--tokens", "3"], "--tokens 3"),
+        (["--shape", "8x8", "--layout", "rows"], "--layout rows"),
     ],
 )
 def test_bad_input(words: list[str], said: str) -> None:
