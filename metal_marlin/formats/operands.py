@@ -19,7 +19,7 @@ _AXES = {
     8: ((2, 8, -1, 2, 2, 2, 4, 2), (0, 3, 4, 2, 7, 5, 6, 8, 1)),
 }
 _SPARSE_AXES = ((2, 8, -1, 2, 2, 4, 2), _AXES[4][1])  # of kept weights: a block has two steps
-_FEW_AXES = (_AXES[4][0], (0, 2, 6, 4, 3, 5, 1, 7))  # of two and three bits: a lane's 32 codes together
+_FEW_AXES = (_AXES[4][0], (0, 3, 2, 6, 4, 5, 1, 7))  # of two and three bits: a lane's 32 codes together
 
 
 def _place(form: Codec, i: int, bit: int) -> tuple[int, int]:
