@@ -89,6 +89,13 @@ static inline uint mma_permute(uint a, uint b, uint which) {
     return d;
 }
 
+// (bits & mask) | more. Of two constants the assembler would make two instructions.
+static inline uint mma_insert(uint bits, uint mask, uint more) {
+    uint d;
+    __asm__("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(bits), "r"(mask), "r"(more));
+    return d;
+}
+
 template <typename Format, typename T> struct MmaDecode;
 
 // FP4, whose header has the bits: values of a half are 2^14 too small, of a bfloat 2^126, which sums could not bear.
@@ -150,9 +157,10 @@ template <typename T, uint kBits, uint kTwice> struct MmaFields {
 
     static constexpr uint both(uint bits) { return bits << 16 | bits; }
     static uint number(uint bits, uint at) {
-        return Pair::fma((bits & both(((1u << kBits) - 1) << at)) | both((kBias + kMantissa) << kMantissa),
-                         both((kBias + 1 - at) << kMantissa),
-                         both(0x8000u | (kBias + kMantissa + 1 - at) << kMantissa | kTwice << (at - 1)));
+        return Pair::fma(
+            mma_insert(bits, both(((1u << kBits) - 1) << at), both((kBias + kMantissa) << kMantissa)),
+            both((kBias + 1 - at) << kMantissa),
+            both(0x8000u | (kBias + kMantissa + 1 - at) << kMantissa | kTwice << (at - 1)));
     }
     // Of fields from bit 1 on.
     static uint field(uint halves, uint i) {
