@@ -125,9 +125,9 @@ template <uint kMiddle> struct MmaNibbles<half, kMiddle> : MmaPlain {
 #pragma unroll
         for (uint i = 0; i < 2; ++i) {
             const uint t = word >> (8 * i);
-            w[2 * i] =
-                MmaPair<half>::minus((t & 0x000f000fu) | 0x64006400u, 0x64006400u | kMiddle * 0x10001u);
-            w[2 * i + 1] = MmaPair<half>::fma((t & 0x00f000f0u) | 0x64006400u, 0x2c002c00u,
+            w[2 * i] = MmaPair<half>::minus(mma_insert(t, 0x000f000fu, 0x64006400u),
+                                            0x64006400u | kMiddle * 0x10001u);
+            w[2 * i + 1] = MmaPair<half>::fma(mma_insert(t, 0x00f000f0u, 0x64006400u), 0x2c002c00u,
                                               0xd400d400u | kMiddle * 0x100010u);
         }
     }
@@ -136,7 +136,7 @@ template <uint kMiddle> struct MmaNibbles<bfloat, kMiddle> : MmaPlain {
     static void pairs(uint word, thread uint (&w)[4]) {
 #pragma unroll
         for (uint i = 0; i < 4; ++i) {
-            w[i] = MmaPair<bfloat>::minus(((word >> (4 * i)) & 0x000f000fu) | 0x43004300u,
+            w[i] = MmaPair<bfloat>::minus(mma_insert(word >> (4 * i), 0x000f000fu, 0x43004300u),
                                           0x43004300u | kMiddle * 0x10001u);
         }
     }
@@ -205,10 +205,11 @@ template <> struct MmaDecode<NF3, bfloat> : MmaNormal<bfloat> {};
 // 1024 + u with u = q + 128 of a signed byte.
 template <uint kFlip, uint kMiddle = 128> struct MmaBytes : MmaPlain {
     static void pairs(uint word, thread uint (&w)[2]) {
+        const uint flipped = word ^ kFlip * 0x01010101u;
 #pragma unroll
         for (uint i = 0; i < 2; ++i) {
-            const uint u = ((word >> (8 * i)) & 0x00ff00ffu) ^ (0x64006400u | kFlip << 16 | kFlip);
-            w[i] = MmaPair<half>::minus(u, 0x64006400u | kMiddle * 0x10001u);
+            w[i] = MmaPair<half>::minus(mma_insert(flipped >> (8 * i), 0x00ff00ffu, 0x64006400u),
+                                        0x64006400u | kMiddle * 0x10001u);
         }
     }
 };
