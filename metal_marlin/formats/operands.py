@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from metal_marlin.formats.codec import Codec
+from metal_marlin.formats.nf3 import NF3
 
 _BLOCK = 1 << 24  # codes that are unpacked at a time
 
@@ -18,22 +19,81 @@ _AXES = {
     8: ((2, 8, -1, 2, 2, 2, 4, 2), (0, 3, 4, 2, 7, 5, 6, 8, 1)),
 }
 _SPARSE_AXES = ((2, 8, -1, 2, 2, 4, 2), _AXES[4][1])  # of kept weights: a block has two steps
+_FEW_AXES = (_AXES[4][0], (0, 3, 2, 6, 4, 5, 1, 7))  # of two and three bits: a lane's 32 codes together
+
+
+def _place(form: Codec, i: int, bit: int) -> tuple[int, int]:
+    """Which of a lane's words has a bit of its code i, and where."""
+    pair, e = divmod(i, 2)
+    step, j = divmod(pair, 4)
+    if form.bits == 2:
+        return step // 2, 16 * e + 8 * (step % 2) + 2 * j + bit
+    if form is NF3:
+        at = 4 * (2 * j + e)
+        return (step, at + bit) if step < 3 else (bit, at + 3)
+    if pair == 15:
+        return bit, 16 * e
+    word, field = (step, j) if step < 3 else (j, 4)
+    return word, 16 * e + 1 + 3 * field + bit
+
+
+def _runs(form: Codec) -> list[tuple[int, int, int, int, int]]:
+    """What lies together: code, its lowest bit of those, their mask, word, bit of the word."""
+    runs: list[tuple[int, int, int, int, int]] = []
+    for i in range(32):
+        for bit in range(form.bits):
+            word, at = _place(form, i, bit)
+            code, low, mask, same, start = runs[-1] if runs else (-1, 0, 0, 0, 0)
+            if (code, same, start + bit - low) == (i, word, at):
+                runs[-1] = (i, low, mask << 1 | 1, word, start)
+            else:
+                runs.append((i, bit, 1, word, at))
+    return runs
+
+
+def _planes(form: Codec) -> tuple[slice, ...]:
+    """A lane's words that are read at once; such words of all lanes lie together."""
+    return tuple(slice(i, min(i + 2, form.bits)) for i in range(0, form.bits, 2))
+
+
+def _few_packed(form: Codec, codes: torch.Tensor) -> torch.Tensor:
+    """Words [blocks * 32 * bits] of codes uint8 [blocks, lanes, 32]."""
+    by_code = codes.permute(2, 0, 1).int().contiguous()
+    words = by_code.new_zeros(form.bits, *codes.shape[:2])
+    for i, low, mask, word, at in _runs(form):
+        words[word] |= (by_code[i] >> low & mask) << at
+    return torch.cat([words[part].permute(1, 2, 0).flatten(1) for part in _planes(form)], 1).flatten()
+
+
+def _few_unpacked(form: Codec, words: torch.Tensor) -> torch.Tensor:
+    """The codes that ``_few_packed`` was given."""
+    blocks = words.reshape(-1, 32 * form.bits)
+    parts = [blocks[:, 32 * p.start : 32 * p.stop].unflatten(1, (32, -1)) for p in _planes(form)]
+    by_word = torch.cat(parts, 2).permute(2, 0, 1).contiguous()
+    codes = torch.zeros(32, *by_word.shape[1:], dtype=torch.uint8, device=words.device)
+    for i, low, mask, word, at in _runs(form):
+        codes[i] |= ((by_word[word] >> at & mask) << low).to(torch.uint8)
+    return codes.permute(1, 2, 0).contiguous()
 
 
 def _reordered(form: Codec, words: torch.Tensor, back: bool, sparse: bool = False) -> torch.Tensor:
     """Codes int32 [N, words] in operand order, or back."""
-    split, order = _SPARSE_AXES if sparse else _AXES[form.bits]
+    few = form.bits < 4
+    split, order = _FEW_AXES if few else _SPARSE_AXES if sparse else _AXES[form.bits]
+    undo = [order.index(i) for i in range(len(order))]
     out = torch.empty_like(words, memory_format=torch.contiguous_format)
     rows = max(16, _BLOCK // max(1, form.columns(words.shape[1])) // 16 * 16)
     for first in range(0, words.shape[0], rows):
-        codes = form.unpack(words[first : first + rows].contiguous())
-        shape = codes.view(-1, 16, codes.shape[1]).unflatten(2, split[2:]).unflatten(1, split[:2]).shape
-        if back:
-            undo = [order.index(i) for i in range(len(order))]
-            moved = codes.reshape([shape[i] for i in order]).permute(undo)
+        part = words[first : first + rows].contiguous()
+        codes = _few_unpacked(form, part) if back and few else form.unpack(part)
+        whole = codes.view(-1, 16, form.columns(words.shape[1]))
+        shape = whole.unflatten(2, split[2:]).unflatten(1, split[:2]).shape
+        moved = codes.reshape([shape[i] for i in order]).permute(undo) if back else whole.view(shape).permute(order)
+        if few and not back:
+            made = _few_packed(form, moved.reshape(-1, 32, 32)).view(part.shape)
         else:
-            moved = codes.view(shape).permute(order)
-        out[first : first + rows] = form.pack(moved.reshape(codes.shape))
+            made = form.pack(moved.reshape(part.shape[0], -1))
+        out[first : first + rows] = made
     return out
 
 
@@ -56,7 +116,7 @@ def _powers(form: Codec, scales: torch.Tensor, biases: torch.Tensor | None) -> t
 
 def fits(form: Codec, N: int, K: int) -> bool:
     """Whether W [N, K] can be in operand order."""
-    return form.bits in _AXES and N > 0 and N % 16 == 0 and K % 64 == 0
+    return form.bits in (2, 3, *_AXES) and N > 0 and N % 16 == 0 and K % 64 == 0
 
 
 def pack(

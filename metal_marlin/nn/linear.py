@@ -126,7 +126,7 @@ class QuantLinear(nn.Module):
     def prepack(self, layout: str = MMA16) -> QuantLinear:
         """Put the weight into a layout, in place: ``linear_packed`` multiplies then. x must be half or bfloat16, in the
         dtype of the scales where those are numbers. A layer that leaves its device goes back to the canonical order.
-        Raises ArgumentError for weights that cannot have it (formats of 4 and 8 bits, N % 16 = 0, K % 64 = 0)."""
+        Raises ArgumentError for weights that cannot have it (N % 16 = 0, K % 64 = 0)."""
         if self.group is not None:
             self.group.prepack(layout)
         else:

@@ -22,7 +22,7 @@ from metal_marlin.runtime.dispatch import dispatch_kernel
 from metal_marlin.runtime.tensor_map import NONE, blocked_map, group_map, strip_map
 
 FAMILY = "packed_gemm.metal"
-FORMATS = ("fp4", "mxfp4", "nvfp4", "int4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2")
+FORMATS = ("fp4", "mxfp4", "nvfp4", "int4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2", "int2", "int3", "nf3")
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,7 @@ def prepack(tensor: QuantizedTensor, layout: str) -> QuantizedTensor:
         return plain
     if not LAYOUTS[layout].fits(plain):
         raise ArgumentError(
-            f"layout = {layout!r}; it takes formats of 4 and 8 bits, N a multiple of 16 and K of 64, "
-            f"this is {plain.format} {plain.shape}"
+            f"layout = {layout!r}; it takes N a multiple of 16 and K of 64, this is {plain.format} {plain.shape}"
         )
     return LAYOUTS[layout].pack(plain)
 

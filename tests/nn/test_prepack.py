@@ -33,7 +33,11 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("format", "zeros"), [("fp4", None), ("nvfp4", None), ("int4", "packed"), ("int4", "bias"), ("uint8", "point")]
+    ("format", "zeros"),
+    [
+        *(("fp4", None), ("nvfp4", None), ("int4", "packed"), ("int4", "bias"), ("uint8", "point")),
+        *(("int2", None), ("int3", None), ("nf3", None)),
+    ],
 )
 def test_a_layer(format: str, zeros: str | None, device: str) -> None:
     layer, x = make(format=format, bias=True, zeros=zeros).to(device), X.to(device)
@@ -57,7 +61,7 @@ def test_a_layer(format: str, zeros: str | None, device: str) -> None:
 
 
 def test_a_layer_that_cannot() -> None:
-    for layer in (make(40), make(K=96), make(format="int3")):
+    for layer in (make(40), make(K=96), make(K=96, format="int3")):
         with pytest.raises(ArgumentError, match="N a multiple of 16"):
             layer.prepack()
         assert layer.layout == "canonical"
@@ -116,8 +120,8 @@ def check_model(made: nn.ModuleDict, x: torch.Tensor) -> None:
     plain = {name: made[name](x) for name in usual}
     assert prepack_layers(made, torch.float32) == []
     assert prepack_layers(made, torch.bfloat16) == []
-    assert prepack_layers(made, torch.float16) == ["plain", "q", "k", "sparse"]
-    assert prepack_layers(made, torch.float16) == ["plain", "q", "k", "sparse"]
+    assert prepack_layers(made, torch.float16) == ["plain", "three", "q", "k", "sparse"]
+    assert prepack_layers(made, torch.float16) == ["plain", "three", "q", "k", "sparse"]
     for name, y in plain.items():
         close(made[name](x), y)
 

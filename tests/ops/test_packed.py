@@ -9,7 +9,7 @@ import torch
 
 import metal_marlin.ops.packed as packed_module
 from metal_marlin.errors import ArgumentError
-from metal_marlin.formats import codec
+from metal_marlin.formats import codec, operands
 from metal_marlin.ops.linear_decode_cases import Case
 from metal_marlin.ops.packed import CASES, FORMATS, linear_packed, packed, plan
 from metal_marlin.ops.packed_tiles import TILES
@@ -75,6 +75,34 @@ def test_threadgroups_walk(case: Case, tile: str, device: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", HALVES, ids=["half", "bf16"])
+@pytest.mark.parametrize(
+    "format", [f for f in FORMATS if codec(f).scale_kind == "float" and "none" in codec(f).zero_kinds]
+)
+def test_every_code_in_every_place(format: str, dtype: torch.dtype, device: str) -> None:
+    """Of a block of 16 rows and 64 k, by products with rows of the identity: exact."""
+    form = codec(format)
+    values = torch.tensor(form.values) - form.middle
+    finite = values.isfinite().nonzero().flatten()
+    count = len(finite)
+    order = (torch.arange(16 * count).view(-1, 1) // 16 + torch.arange(64) * 5) % count
+    codes = finite[order].to(torch.uint8)
+    scales = torch.ones(16 * count, 1, dtype=dtype)
+    w = operands.pack(form, form.pack(codes), scales, None, "none")
+    packed_codes, packed_scales, _, powers = (t if t is None else t.to(device) for t in w)
+    x = torch.eye(64, dtype=dtype, device=device)
+    wanted = values[codes.long()].to(dtype)
+    tiles = ((64, "m64x64"), (8, "m32x8"), (16, "m64x16"), (32, "m32x32"))
+    for step, tile in tiles if device == "cuda" else tiles[:1]:  # others are no other code there
+        name = f"packed_gemm_{format}__{tile}"
+        more: dict[str, Any] = {"format": format, "kernel": name}
+        parts = [
+            linear_packed(x[i : i + step], packed_codes, packed_scales, powers, 64, **more) for i in range(0, 64, step)
+        ]
+        assert torch.equal(torch.cat(parts).T.cpu(), wanted), tile
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_bad_arguments(device: str) -> None:
     x, w = packed(Case(3, 32, 128, 64), device)
     args = (w.codes, w.scales, w.powers, 64)
@@ -92,14 +120,15 @@ def test_bad_arguments(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_gradient(device: str) -> None:
-    case = Case(3, 32, 128, 64)
+@pytest.mark.parametrize("format", ["fp4", "int2", "int3", "nf3"])
+def test_gradient(format: str, device: str) -> None:
+    case = Case(3, 32, 128, 64, format=format)
     x, w = packed(case, device)
     x.requires_grad_()
-    y = linear_packed(x, w.codes, w.scales, w.powers, 64)
+    y = linear_packed(x, w.codes, w.scales, w.powers, 64, format=format)
     given = torch.randn(3, 32, generator=torch.Generator().manual_seed(1)).half().to(device)
     y.backward(given)
     _, codes, scales, extra = case.tensors()
-    exact = given.double().cpu() @ codec("fp4").decode(codes, scales, extra, 64, "none")
+    exact = given.double().cpu() @ codec(format).decode(codes, scales, extra, 64, "none")
     assert x.grad is not None
     assert (x.grad.double().cpu() - exact).norm() <= 2e-3 * exact.norm()

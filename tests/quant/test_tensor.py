@@ -19,9 +19,6 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 FORMATS = ["fp4", "mxfp4", "nvfp4", "int4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2", "int2", "int3", "nf3"]
 
 
-PACKED = [f for f in FORMATS if CODECS[f].bits in (4, 8)]  # that have a layout
-
-
 def random(N: int, K: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
 
@@ -180,7 +177,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("N", "K"), [(16, 64), (48, 192), (32, 1088)])
-@pytest.mark.parametrize(("format", "zeros"), [(f, z) for f in PACKED for z in CODECS[f].zero_kinds])
+@pytest.mark.parametrize(("format", "zeros"), [(f, z) for f in FORMATS for z in CODECS[f].zero_kinds])
 def test_layouts_are_bijections(layout: str, N: int, K: int, format: str, zeros: str) -> None:
     q = quantize(torch.randn(N, K, generator=torch.Generator().manual_seed(N)), format, zeros=zeros)
     packed = prepack(q, layout)
@@ -195,13 +192,24 @@ def test_layouts_are_bijections(layout: str, N: int, K: int, format: str, zeros:
             use()
 
 
-@pytest.mark.parametrize(("format", "N", "K"), [("fp4", 8, 64), ("fp4", 16, 72), ("int3", 16, 64)])
+@pytest.mark.parametrize(("format", "N", "K"), [("fp4", 8, 64), ("fp4", 16, 72), ("int3", 16, 96), ("int2", 24, 64)])
 def test_layouts_do_not_fit_everything(format: str, N: int, K: int) -> None:
     with pytest.raises(ArgumentError, match=rf"{format} \({N}, {K}\)"):
         prepack(quantize(torch.randn(N, K), format, 16), "mma16")
 
 
-@pytest.mark.parametrize("format", PACKED)
+def three_bits(format: str, words: list[int], step: int, pair: int, e: int) -> int:
+    """A lane's code, of its three words."""
+    if format == "nf3":
+        digits = words[step] if step < 3 else sum((w >> 3 & 0x11111111) << i for i, w in enumerate(words))
+        return digits >> (8 * pair + 4 * e) & 7
+    halves = [w >> 16 * e & 0xFFFF for w in words]
+    if step < 3:
+        return halves[step] >> (1 + 3 * pair) & 7
+    return halves[pair] >> 13 if pair < 3 else sum((w & 1) << i for i, w in enumerate(halves))
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_mma16_is_operand_order(format: str) -> None:
     """Lane 4r + c of a block of 64 k has, of each step, rows r and r + 8 and k 2c, 2c + 1, 2c + 8, 2c + 9."""
     form, (N, K) = CODECS[format], (32, 128)
@@ -212,9 +220,15 @@ def test_mma16_is_operand_order(format: str) -> None:
         pair, e = n % 16 // 8 + k % 16 // 8 * 2, k % 2
         if form.bits == 4:
             code = words[(block * 32 + lane) * 4 + step] >> (4 * (pair + 4 * e)) & 15
-        else:
+        elif form.bits == 8:
             word = words[((block * 2 + step // 2) * 32 + lane) * 4 + step % 2 * 2 + pair // 2]
             code = word >> (8 * (pair % 2 + 2 * e)) & 255
+        elif form.bits == 2:
+            code = words[(block * 32 + lane) * 2 + step // 2] >> (2 * (step % 2 * 4 + pair) + 16 * e) & 3
+        else:
+            first = block * 96
+            mine = [words[first + lane * 2], words[first + lane * 2 + 1], words[first + 64 + lane]]
+            code = three_bits(format, mine, step, pair, e)
         assert code == canonical[n, k], (n, k)
 
 

@@ -1,22 +1,27 @@
 #pragma once
 // Weights in operand order: what lanes of a simdgroup take as their left operands of a matrix instruction lies together,
-// so that one 16-byte load is a lane's share of 16 rows and 64 k (of eight bits, 32 k).
+// so that one 16-byte load is a lane's share of 16 rows and 64 k (of eight bits, 32 k; of two bits, 8 bytes; of three, 8
+// and 4).
 // y[m, n] = sum over k of x[m, k] * w[n, k], with the same numbers as core/gemm.h.
 //
 //   codes   [N / 16][K / 64][bits / 4][lane]  16 bytes: words in the order of the steps of 16 k, one a step of four bits,
 //           two of eight. Lane 4 * r + c has rows r and r + 8 and, of each step, k 2c, 2c + 1, 2c + 8, 2c + 9. Codes i
 //           and i + kPerWord / 2 of a word are neighbours along k; such pairs follow as (r, 2c), (r + 8, 2c), (r, 2c + 8),
-//           (r + 8, 2c + 8), those of eight bits two a word.
+//           (r + 8, 2c + 8), those of eight bits two a word. Of two and three bits: a lane has kBits words a block, first
+//           two of every lane, then one; LaneCodes has the places of its pairs.
 //   scales  S [groups][N / 16][8][2]          of rows r and r + 8; zeros and biases likewise
 //   powers  float [N]                         powers of two above every scale and bias of a row
 //
 //   places  of 2:4 sparse weights: where in [N / 16][K / 64][lane] is a word; see SparsePlaces
 //
 // Sparse weights have half as many codes: 8 bytes a lane and 64 k, two steps of 32 k, of whose kept weights lane 4 * r + c has
-// the same numbers 2c, 2c + 1, 2c + 8, 2c + 9. N is a multiple of 16 and K of 64. Twin: metal_marlin/quant/layouts.py. Sources: own (the measured prototype).
+// the same numbers 2c, 2c + 1, 2c + 8, 2c + 9. N is a multiple of 16 and K of 64. Twin: metal_marlin/formats/operands.py. Sources: own (the measured prototype).
 #include <metal_stdlib>
 #include "core/epilogue.h"
 #include "core/gemm.h"
+#include "formats/int2.h"
+#include "formats/int3.h"
+#include "formats/nf3.h"
 #include "formats/quantized.h"
 #include "formats/sparse.h"
 using namespace metal;
@@ -36,6 +41,63 @@ template <typename W> struct Spread {
 };
 template <typename Q> struct Spread<Sparse<Q, 2, 4>> {
     enum : uint { value = 2 };
+};
+
+// The kCount words that a lane has of a block are read kTogether at once, and such words of all lanes lie together.
+template <uint kCount> struct LaneWords {
+    enum : uint { kTogether = kCount < 4 ? 2 : 4 };
+    static uint at(uint lane, uint word) {
+        const uint first = word / kTogether * kTogether;
+        return 32 * first + lane * min(uint(kTogether), kCount - first) + word - first;
+    }
+};
+
+// Pair `at` of a lane's 16, four a step, of the words of a block. Below, places are those that cost a GPU the least to
+// bring the two codes to the same bits of both halves of a register, or four codes to a digit each.
+template <typename Format> struct LaneCodes {
+    enum : uint { kPairs = Format::kPerWord / 2 };
+    static float2 pair(device const uint* block, uint lane, uint at) {
+        return Format::pair(block[LaneWords<Format::kBits>::at(lane, at / kPairs)], at % kPairs);
+    }
+};
+
+// Two bits: codes of pair i of a word are bits 2 * i and 2 * i + 1 of its halves.
+template <> struct LaneCodes<INT2> {
+    static float2 pair(device const uint* block, uint lane, uint at) {
+        const uint word = block[LaneWords<2>::at(lane, at / 8)] >> (at % 8 * 2);
+        return float2(INT2::value(word), INT2::value(word >> 16));
+    }
+};
+
+// Three bits: from the second on, halves of word i have codes of the pairs of step i, and one of pair i of the last step;
+// the first bits of the three words are those of the last pair.
+template <> struct LaneCodes<INT3> {
+    static float2 pair(device const uint* block, uint lane, uint at) {
+        const uint step = at / 4, i = at % 4;
+        uint code = 0;
+        if (at == 15) {
+            for (uint b = 0; b < 3; ++b) code |= (block[LaneWords<3>::at(lane, b)] & 0x00010001u) << b;
+        } else {
+            code = block[LaneWords<3>::at(lane, step < 3 ? step : i)] >> (step < 3 ? 1 + 3 * i : 13);
+        }
+        return float2(INT3::value(code), INT3::value(code >> 16));
+    }
+};
+
+// NF3: digits 2 * i and 2 * i + 1 of word s are codes of pair i of step s, in their lower three bits; their highest bits,
+// of all three words, are the codes of the last step.
+template <> struct LaneCodes<NF3> {
+    static float2 pair(device const uint* block, uint lane, uint at) {
+        const uint step = at / 4, i = at % 4;
+        uint digits = 0;
+        if (step < 3) {
+            digits = block[LaneWords<3>::at(lane, step)];
+        } else {
+            for (uint b = 0; b < 3; ++b) digits |= (block[LaneWords<3>::at(lane, b)] >> 3 & 0x11111111u) << b;
+        }
+        digits >>= 8 * i;
+        return float2(NF3::value(digits), NF3::value(digits >> 4));
+    }
 };
 
 // The word of lane 4 * r + c has those of step c / 2: bits 0 ... 15 are of row r, 16 ... 31 of row r + 8, four bits for every
@@ -108,11 +170,7 @@ template <typename Schedule> struct TileWalk {
 template <typename W, typename T, typename Schedule, typename Epilogue> struct SimdPacked {
     typedef PackedArguments<W, T> Arguments;
     typedef typename W::Format Format;
-    enum : uint {
-        kPerWord = Format::kPerWord,
-        kWords = 8 / kPerWord, // of a lane and step
-        kTokens = 8
-    };
+    enum : uint { kTokens = 8 };
     struct Shared {};
 
     struct Numbers {
@@ -152,14 +210,11 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct S
     static void step(thread const Arguments& a, uint strip, uint k, uint token, uint lane,
                      thread float (&sums)[2][kTokens]) {
         const uint r = lane / 4, c = lane % 4;
-        const ulong block = ulong(strip) * (a.K / 64) + k / 64;
-        device const uint* words = a.codes + block * (128 * kWords) + k % 64 / 16 / (4 / kWords) * 128 +
-                                   lane * 4 + k % 64 / 16 % (4 / kWords) * kWords;
+        device const uint* block = a.codes + (ulong(strip) * (a.K / 64) + k / 64) * (32 * Format::kBits);
         for (uint h = 0; h < 2; ++h) {
             const Numbers v = numbers(a, strip, r + 8 * h, k);
             for (uint far = 0; far < 2; ++far) {
-                const uint at = 2 * far + h; // which pair
-                const float2 code = Format::pair(words[at * kWords / 4], at % (4 / kWords));
+                const float2 code = LaneCodes<Format>::pair(block, lane, k % 64 / 16 * 4 + 2 * far + h);
                 const float2 w = v.scale * (code - v.zero) + v.bias;
                 for (uint i = 0; i < kTokens; ++i) {
                     if (token + i >= a.M) break;

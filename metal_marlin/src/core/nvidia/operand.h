@@ -89,6 +89,13 @@ static inline uint mma_permute(uint a, uint b, uint which) {
     return d;
 }
 
+// (bits & mask) | more. Of two constants the assembler would make two instructions.
+static inline uint mma_insert(uint bits, uint mask, uint more) {
+    uint d;
+    __asm__("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(bits), "r"(mask), "r"(more));
+    return d;
+}
+
 template <typename Format, typename T> struct MmaDecode;
 
 // FP4, whose header has the bits: values of a half are 2^14 too small, of a bfloat 2^126, which sums could not bear.
@@ -118,9 +125,9 @@ template <uint kMiddle> struct MmaNibbles<half, kMiddle> : MmaPlain {
 #pragma unroll
         for (uint i = 0; i < 2; ++i) {
             const uint t = word >> (8 * i);
-            w[2 * i] =
-                MmaPair<half>::minus((t & 0x000f000fu) | 0x64006400u, 0x64006400u | kMiddle * 0x10001u);
-            w[2 * i + 1] = MmaPair<half>::fma((t & 0x00f000f0u) | 0x64006400u, 0x2c002c00u,
+            w[2 * i] = MmaPair<half>::minus(mma_insert(t, 0x000f000fu, 0x64006400u),
+                                            0x64006400u | kMiddle * 0x10001u);
+            w[2 * i + 1] = MmaPair<half>::fma(mma_insert(t, 0x00f000f0u, 0x64006400u), 0x2c002c00u,
                                               0xd400d400u | kMiddle * 0x100010u);
         }
     }
@@ -129,7 +136,7 @@ template <uint kMiddle> struct MmaNibbles<bfloat, kMiddle> : MmaPlain {
     static void pairs(uint word, thread uint (&w)[4]) {
 #pragma unroll
         for (uint i = 0; i < 4; ++i) {
-            w[i] = MmaPair<bfloat>::minus(((word >> (4 * i)) & 0x000f000fu) | 0x43004300u,
+            w[i] = MmaPair<bfloat>::minus(mma_insert(word >> (4 * i), 0x000f000fu, 0x43004300u),
                                           0x43004300u | kMiddle * 0x10001u);
         }
     }
@@ -140,7 +147,7 @@ template <> struct MmaDecode<UINT4, half> : MmaNibbles<half, 8> {};
 template <> struct MmaDecode<UINT4, bfloat> : MmaNibbles<bfloat, 8> {};
 
 // Eight codes q of two or three bits as 2 * q - kTwice. Those of a pair are brought to the same bits of both halves, as
-// many next to one another as a mantissa holds. There, bits from kAt on are 2^kMantissa + q * 2^kAt with an exponent
+// many next to one another as a mantissa holds. There, bits from `at` on are 2^kMantissa + q * 2^at with an exponent
 // above them, and one multiply-add takes all but 2 * q away. The lowest bit of a mantissa is left alone: 2^kMantissa +
 // kTwice / 2 would not be a number.
 template <typename T, uint kBits, uint kTwice> struct MmaFields {
@@ -149,16 +156,20 @@ template <typename T, uint kBits, uint kTwice> struct MmaFields {
     static constexpr float kUnit = 0.5f;
 
     static constexpr uint both(uint bits) { return bits << 16 | bits; }
-    template <uint i> static uint field(uint halves) {
-        constexpr uint kAt = 1 + i % kTogether * kBits, mask = ((1u << kBits) - 1) << kAt;
-        const uint bits = halves >> (i / kTogether * kTogether * kBits);
-        return Pair::fma((bits & both(mask)) | both((kBias + kMantissa) << kMantissa),
-                         both((kBias + 1 - kAt) << kMantissa),
-                         both(0x8000u | (kBias + kMantissa + 1 - kAt) << kMantissa | kTwice << (kAt - 1)));
+    static uint number(uint bits, uint at) {
+        return Pair::fma(
+            mma_insert(bits, both(((1u << kBits) - 1) << at), both((kBias + kMantissa) << kMantissa)),
+            both((kBias + 1 - at) << kMantissa),
+            both(0x8000u | (kBias + kMantissa + 1 - at) << kMantissa | kTwice << (at - 1)));
+    }
+    // Of fields from bit 1 on.
+    static uint field(uint halves, uint i) {
+        return number(halves >> (i / kTogether * kTogether * kBits), 1 + i % kTogether * kBits);
     }
     static void pairs(uint word, thread uint (&w)[4]) {
         const uint halves = mma_permute(word << 1, word << (17 - 4 * kBits), 0x7610);
-        w[0] = field<0>(halves), w[1] = field<1>(halves), w[2] = field<2>(halves), w[3] = field<3>(halves);
+#pragma unroll
+        for (uint i = 0; i < 4; ++i) w[i] = field(halves, i);
     }
     static uint plain(uint pair) { return Pair::times(pair, both((kBias - 1) << kMantissa)); }
 };
@@ -179,8 +190,9 @@ template <typename T> struct MmaNormal : MmaPlain {
         return found;
     }
     static void two(uint word, thread uint& a, thread uint& b) { // codes 0, 4, 1 and 5, a digit each
-        const uint digits =
-            (word & 0x7u) | (word >> 8 & 0x70u) | (word << 5 & 0x700u) | (word >> 3 & 0x7000u);
+        look_up((word & 0x7u) | (word >> 8 & 0x70u) | (word << 5 & 0x700u) | (word >> 3 & 0x7000u), a, b);
+    }
+    static void look_up(uint digits, thread uint& a, thread uint& b) { // of the four lowest digits
         const uint low = mma_permute(bytes(0, 0), bytes(4, 0), digits);
         const uint high = mma_permute(bytes(0, 8), bytes(4, 8), digits);
         a = mma_permute(low, high, 0x5140), b = mma_permute(low, high, 0x7362);
@@ -193,10 +205,11 @@ template <> struct MmaDecode<NF3, bfloat> : MmaNormal<bfloat> {};
 // 1024 + u with u = q + 128 of a signed byte.
 template <uint kFlip, uint kMiddle = 128> struct MmaBytes : MmaPlain {
     static void pairs(uint word, thread uint (&w)[2]) {
+        const uint flipped = word ^ kFlip * 0x01010101u;
 #pragma unroll
         for (uint i = 0; i < 2; ++i) {
-            const uint u = ((word >> (8 * i)) & 0x00ff00ffu) ^ (0x64006400u | kFlip << 16 | kFlip);
-            w[i] = MmaPair<half>::minus(u, 0x64006400u | kMiddle * 0x10001u);
+            w[i] = MmaPair<half>::minus(mma_insert(flipped >> (8 * i), 0x00ff00ffu, 0x64006400u),
+                                        0x64006400u | kMiddle * 0x10001u);
         }
     }
 };

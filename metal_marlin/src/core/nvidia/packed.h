@@ -3,7 +3,7 @@
 #include "core/nvidia/async_copy.h"
 #include "core/nvidia/barrier.h"
 #include "core/nvidia/cluster.h"
-#include "core/nvidia/operand.h"
+#include "core/nvidia/packed_codes.h"
 #include "core/nvidia/wgmma.h"
 
 // A number of 16 bits, or a byte, from its bits.
@@ -44,12 +44,10 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         kBlocks = kDepth / 64,
         kTurns = kBlocks / kAlongK, // blocks of a simdgroup
         kSpread = Spread<W>::value,
-        kSteps = 4 / kSpread, // of a block
-        kPerWord = Format::kPerWord,
-        kPairs = kPerWord / 2,
-        kLoads = Format::kBits / 4,
-        kBlock = 512 * kLoads / kSpread, // bytes of a strip's codes of a block
-        kXBlock = kTokens * 128,         // of x's
+        kSteps = 4 / kSpread,             // of a block
+        kWords = Format::kBits / kSpread, // of a lane and block
+        kBlock = 128 * kWords,            // bytes of a strip's codes of a block
+        kXBlock = kTokens * 128,          // of x's
         kX = kBlocks * kXBlock,
         kCodes = kRows / 16 * kBlocks * kBlock,
         kPlaces = kSpread == 1 ? 0 : kRows / 16 * kBlocks * 128,
@@ -187,34 +185,9 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         return v;
     }
 
-    // The lane's codes of a block, and of them the left operand of a step.
-    struct Codes {
-        uint4 words[kLoads];
-        static Codes load(uint from) {
-            Codes codes;
-            if (kSpread != 1) {
-                const uint2 both = shared_load8(from);
-                codes.words[0] = uint4(both.x, both.y, 0, 0);
-                return codes;
-            }
-#pragma unroll
-            for (uint i = 0; i < kLoads; ++i) codes.words[i] = shared_load16(from + i * 512);
-            return codes;
-        }
-        template <typename Decode> void operand(uint step, thread uint (&w)[4]) const {
-            enum : uint { kWords = 4 / kPairs };
-#pragma unroll
-            for (uint i = 0; i < kWords; ++i) {
-                uint v[kPairs];
-                const uint word = step * kWords + i;
-                Decode::pairs(words[word / 4][word % 4], v);
-#pragma unroll
-                for (uint j = 0; j < kPairs; ++j) w[i * kPairs + j] = v[j];
-            }
-        }
-    };
-    static uint codes_at(thread const Place& at, uint stage, uint strip, uint block) {
-        return stage + kX + (strip * kBlocks + block) * kBlock + at.lane * (16 / kSpread);
+    typedef PackedCodes<Format, T, kWords> Codes;
+    static uint codes_at(uint stage, uint strip, uint block) {
+        return stage + kX + (strip * kBlocks + block) * kBlock;
     }
     static uint places_of(thread const Place& at, uint stage, uint strip, uint block) {
         if (kSpread == 1) return 0;
@@ -271,7 +244,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
 #pragma unroll
         for (uint r = 0; r < kStrips; ++r) {
             const uint strip = at.along_n * kStrips + r;
-            codes[r] = Codes::load(codes_at(at, stage, strip, block));
+            codes[r] = Codes::load(codes_at(stage, strip, block), at.lane);
             places[r] = places_of(at, stage, strip, block);
         }
         uint pair[4];
@@ -295,7 +268,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
 #pragma unroll
                 for (uint r = 0; r < kStrips; ++r) {
                     uint w[4];
-                    codes[r].template operand<FewDecode>(step, w);
+                    Codes::template operand<FewDecode>(codes[r], step, w);
 #pragma unroll
                     for (uint c = 0; c < kTiles; ++c) mma(part[r][c], w, x[c], step, places[r]);
                 }
@@ -352,7 +325,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
     template <uint kRuns>
     static void decode(thread const Place& at, uint stage, uint block, thread const float (&inverse)[2],
                        thread uint (&left)[kSteps][4]) {
-        const Codes codes = Codes::load(codes_at(at, stage, at.along_n, block));
+        const Codes codes = Codes::load(codes_at(stage, at.along_n, block), at.lane);
         uint scales[2], shifts[2], offsets[2];
 #pragma unroll
         for (uint step = 0; step < kSteps; ++step) {
@@ -367,7 +340,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
                 }
             }
             uint w[4];
-            codes.template operand<ManyDecode>(step, w);
+            Codes::template operand<ManyDecode>(codes, step, w);
 #pragma unroll
             for (uint i = 0; i < 4; ++i) {
                 const uint h = i % 2;

@@ -1,0 +1,106 @@
+#pragma once
+// A lane's codes of a block of 16 rows and 64 k in operand order, and of them the left operands of the steps of 16 k. Where
+// what lies: core/packed.h.
+#ifdef __METAL_MARLIN_CUDA__
+#include "core/nvidia/async_copy.h"
+#include "core/nvidia/operand.h"
+
+// The operand of a step, four pairs. Decode: MmaDecode or MmaCodes; they are the same for two and three bits.
+template <typename Format, typename T> struct MmaStep {
+    template <typename Decode, uint kCount>
+    static void operand(thread const uint (&words)[kCount], uint step, thread uint (&w)[4]) {
+        enum : uint { kPairs = Format::kPerWord / 2, kWords = 4 / kPairs };
+#pragma unroll
+        for (uint i = 0; i < kWords; ++i) {
+            uint v[kPairs];
+            Decode::pairs(words[step * kWords + i], v);
+#pragma unroll
+            for (uint j = 0; j < kPairs; ++j) w[i * kPairs + j] = v[j];
+        }
+    }
+};
+
+// A half's mantissa holds four fields from bit 2 on. With the bytes of both halves exchanged, it holds the others.
+template <> struct MmaStep<INT2, half> {
+    template <typename Decode>
+    static void operand(thread const uint (&words)[2], uint step, thread uint (&w)[4]) {
+        const uint word = words[step / 2], turned = mma_permute(word, 0, 0x2301);
+#pragma unroll
+        for (uint i = 0; i < 4; ++i) {
+            const uint field = step % 2 * 4 + i;
+            w[i] = field - 1 < 4 ? Decode::number(word, 2 * field)
+                                 : Decode::number(turned, field == 0 ? 8 : 2 * field - 8);
+        }
+    }
+};
+// A bfloat's holds three, from bit 1 on.
+template <> struct MmaStep<INT2, bfloat> {
+    template <typename Decode>
+    static void operand(thread const uint (&words)[2], uint step, thread uint (&w)[4]) {
+        const uint word = words[step / 2];
+#pragma unroll
+        for (uint i = 0; i < 4; ++i) {
+            const uint field = step % 2 * 4 + i;
+            w[i] = Decode::number(field < 3 ? word << 1 : word >> (field / 3 * 6 - 1), 1 + field % 3 * 2);
+        }
+    }
+};
+
+template <typename T> struct MmaStep<INT3, T> {
+    template <typename Decode>
+    static void operand(thread const uint (&words)[3], uint step, thread uint (&w)[4]) {
+#pragma unroll
+        for (uint i = 0; i < 3; ++i)
+            w[i] = step < 3 ? Decode::field(words[step], i) : Decode::field(words[i], 4);
+        w[3] = step < 3 ? Decode::field(words[step], 3) : Decode::number(last(words), 1);
+    }
+    // The first bits as a field, brought together by choices of bits: an instruction each.
+    static uint last(thread const uint (&words)[3]) {
+        const uint two = ((words[0] << 1) & 0x00020002u) | ((words[1] << 2) & ~0x00020002u);
+        return (two & 0x00060006u) | ((words[2] << 3) & ~0x00060006u);
+    }
+};
+
+template <typename T> struct MmaStep<NF3, T> {
+    template <typename Decode>
+    static void operand(thread const uint (&words)[3], uint step, thread uint (&w)[4]) {
+        const uint digits = (step < 3 ? words[step] : last(words)) & 0x77777777u;
+        Decode::look_up(digits, w[0], w[1]);
+        Decode::look_up(digits >> 16, w[2], w[3]);
+    }
+    static uint last(thread const uint (&words)[3]) {
+        const uint two = ((words[0] >> 3) & 0x11111111u) | ((words[1] >> 2) & ~0x11111111u);
+        return (two & 0x33333333u) | ((words[2] >> 1) & ~0x33333333u);
+    }
+};
+
+// kCount words a lane, in threadgroup memory.
+template <typename Format, typename T, uint kCount> struct PackedCodes {
+    uint words[kCount];
+
+    // from: address of the block
+    static PackedCodes load(uint from, uint lane) {
+        typedef LaneWords<kCount> Words;
+        PackedCodes codes;
+#pragma unroll
+        for (uint i = 0; i < kCount; i += Words::kTogether) {
+            const uint at = from + Words::at(lane, i) * 4;
+            if (Words::kTogether == 4) {
+                const uint4 v = shared_load16(at);
+#pragma unroll
+                for (uint j = 0; j < 4; ++j) codes.words[i + j] = v[j];
+            } else if (i + 1 < kCount) {
+                const uint2 v = shared_load8(at);
+                codes.words[i] = v.x, codes.words[i + 1] = v.y;
+            } else {
+                codes.words[i] = shared_load4(at);
+            }
+        }
+        return codes;
+    }
+    template <typename Decode>
+    static void operand(thread const PackedCodes& codes, uint step, thread uint (&w)[4]) {
+        MmaStep<Format, T>::template operand<Decode>(codes.words, step, w);
+    }
+};
+#endif
