@@ -17,8 +17,7 @@ __all__ = ["FORMATS", "TILES", "Tile", "fastest", "has_tiles"]
 class Tile:
     """Rows of W and tokens of a threadgroup, its threads, how many threadgroups share K, how many of them a
     multiprocessor holds, and how long one runs: ``start`` + ``step`` for every 64 k, in µs (FP4 and half on an H200,
-    fitted to bench/results). ``wgmma``: core/nvidia/gemm_wgmma.h, else gemm_few.h. ``share``: neighbours along N that
-    share x."""
+    fitted to bench/results). ``wgmma``: core/nvidia/gemm_wgmma.h, else gemm_few.h."""
 
     rows: int
     tokens: int
@@ -28,11 +27,9 @@ class Tile:
     parts: int = 1
     held: int = 1
     wgmma: bool = False
-    share: int = 1
 
     def __str__(self) -> str:
-        parts = f"x{self.parts}" if self.parts > 1 else ""
-        return f"{self.rows}x{self.tokens}{parts}" + (f"n{self.share}" if self.share > 1 else "")
+        return f"{self.rows}x{self.tokens}" + (f"x{self.parts}" if self.parts > 1 else "")
 
     @property
     def hopper(self) -> bool:
@@ -40,12 +37,12 @@ class Tile:
         return self.wgmma or self.parts > 1
 
     def count(self, M: int, N: int) -> int:
-        """Tiles of y [M, N], those of threadgroups that share K or x counted once."""
-        return -(-N // (self.rows * self.share)) * -(-M // self.tokens)
+        """Tiles of y [M, N]."""
+        return -(-N // self.rows) * -(-M // self.tokens)
 
     def time(self, M: int, N: int, K: int) -> float:
         """What a product takes, in µs."""
-        waves = self.count(M, N) * self.parts * self.share / MULTIPROCESSORS
+        waves = self.count(M, N) * self.parts / MULTIPROCESSORS
         return self.start + self.step * K / 64 * (math.ceil(waves) if self.held == 1 else max(1.0, waves))
 
 

@@ -26,11 +26,11 @@ class Tiles(Mapping[str, Tile]):
         return len(self._tiles)
 
     def threadgroups(self, name: str, M: int, N: int, multiprocessors: int = MULTIPROCESSORS) -> tuple[int, int, int]:
-        """The grid: where tiles are not shared along K, no more threadgroups than run at the same time; they walk."""
+        """The grid: where tiles do not share K, no more threadgroups than run at the same time; they walk on."""
         tile = self[name]
-        count, along_z = tile.count(M, N), tile.parts * tile.share
         walks = tile.wgmma and tile.parts == 1
-        return (min(count, multiprocessors * tile.held // along_z) if walks else count, 1, along_z)
+        count = tile.count(M, N)
+        return (min(count, multiprocessors * tile.held) if walks else count, 1, tile.parts)
 
     def fastest(self, M: int, N: int, K: int) -> str:
         """The tile of least time for x [M, K] and W [N, K]."""
@@ -51,9 +51,6 @@ TILES = Tiles(
     (Tile(64, 128, 288, 4.0, 0.1107, parts=2, wgmma=True), 256),
     (Tile(128, 128, 384, 0.0, 0.4362, wgmma=True), 128),
     (Tile(64, 256, 160, 0.0, 0.3970, wgmma=True), 128),
-    (Tile(64, 256, 160, 0.0, 0.3970, wgmma=True, share=2), 128),
-    (Tile(128, 128, 384, 0.0, 0.4362, wgmma=True, share=2), 128),
-    (Tile(128, 256, 384, 0.0, 0.7879, wgmma=True, share=2), 128),
     (Tile(128, 256, 384, 0.0, 0.7879, wgmma=True), 128),
 )
 SPARSE = Tiles(
@@ -69,8 +66,5 @@ SPARSE = Tiles(
     (Tile(64, 128, 288, 3.75, 0.0824, parts=2, wgmma=True), 256),
     (Tile(128, 128, 384, 1.04, 0.2917, wgmma=True), 128),
     (Tile(64, 256, 160, 0.45, 0.2947, wgmma=True), 128),
-    (Tile(64, 256, 160, 0.45, 0.2947, wgmma=True, share=2), 128),
-    (Tile(128, 128, 384, 1.04, 0.2917, wgmma=True, share=2), 128),
-    (Tile(128, 256, 384, 0.3, 0.4483, wgmma=True, share=2), 128),
     (Tile(128, 256, 384, 0.3, 0.4483, wgmma=True), 128),
 )

@@ -30,29 +30,25 @@ ENTRY(160)
 ENTRY(288)
 ENTRY(384)
 
-// size: rows x tokens x parts, n<neighbours>; parts, neighbours, depth, ahead, along N, along K
-#define TILE(name, size, rows, tokens, parts, share, depth, ahead, n, k, few, threads, W, T)                 \
+// size: rows x tokens x parts; depth, ahead, along N, along K
+#define TILE(name, size, rows, tokens, parts, depth, ahead, n, k, few, threads, W, T)                        \
     INSTANTIATE(                                                                                             \
         name "m" size,                                                                                       \
-        packed_gemm_##threads<W, T,                                                                          \
-                              PackedTile<rows, tokens, parts, share, depth, ahead, n, k, few, threads>>)
+        packed_gemm_##threads<W, T, PackedTile<rows, tokens, parts, depth, ahead, n, k, few, threads>>)
 #define TILES(name, W, T)                                                                                    \
-    TILE(name, "32x8", 32, 8, 1, 1, 512, 6, 1, 8, true, 288, W, T)                                           \
-    TILE(name, "64x8", 64, 8, 1, 1, 512, 4, 1, 8, true, 288, W, T)                                           \
-    TILE(name, "32x16", 32, 16, 1, 1, 512, 7, 1, 8, true, 288, W, T)                                         \
-    TILE(name, "64x16", 64, 16, 1, 1, 256, 6, 2, 4, true, 288, W, T)                                         \
-    TILE(name, "32x32", 32, 32, 1, 1, 256, 6, 1, 4, true, 160, W, T)                                         \
-    TILE(name, "32x32x2", 32, 32, 2, 1, 256, 4, 1, 4, true, 160, W, T)                                       \
-    TILE(name, "64x32", 64, 32, 1, 1, 128, 6, 1, 1, false, 160, W, T)                                        \
-    TILE(name, "64x64", 64, 64, 1, 1, 128, 4, 1, 1, false, 160, W, T)                                        \
-    TILE(name, "64x64x2", 64, 64, 2, 1, 256, 4, 1, 2, false, 288, W, T)                                      \
-    TILE(name, "64x128x2", 64, 128, 2, 1, 256, 3, 1, 2, false, 288, W, T)                                    \
-    TILE(name, "128x128", 128, 128, 1, 1, 128, 4, 2, 1, false, 384, W, T)                                    \
-    TILE(name, "64x256", 64, 256, 1, 1, 128, 3, 1, 1, false, 160, W, T)                                      \
-    TILE(name, "64x256n2", 64, 256, 1, 2, 128, 3, 1, 1, false, 160, W, T)                                    \
-    TILE(name, "128x128n2", 128, 128, 1, 2, 128, 4, 2, 1, false, 384, W, T)                                  \
-    TILE(name, "128x256n2", 128, 256, 1, 2, 128, 3, 2, 1, false, 384, W, T)                                  \
-    TILE(name, "128x256", 128, 256, 1, 1, 128, 3, 2, 1, false, 384, W, T)
+    TILE(name, "32x8", 32, 8, 1, 512, 6, 1, 8, true, 288, W, T)                                              \
+    TILE(name, "64x8", 64, 8, 1, 512, 4, 1, 8, true, 288, W, T)                                              \
+    TILE(name, "32x16", 32, 16, 1, 512, 7, 1, 8, true, 288, W, T)                                            \
+    TILE(name, "64x16", 64, 16, 1, 256, 6, 2, 4, true, 288, W, T)                                            \
+    TILE(name, "32x32", 32, 32, 1, 256, 6, 1, 4, true, 160, W, T)                                            \
+    TILE(name, "32x32x2", 32, 32, 2, 256, 4, 1, 4, true, 160, W, T)                                          \
+    TILE(name, "64x32", 64, 32, 1, 128, 6, 1, 1, false, 160, W, T)                                           \
+    TILE(name, "64x64", 64, 64, 1, 128, 4, 1, 1, false, 160, W, T)                                           \
+    TILE(name, "64x64x2", 64, 64, 2, 256, 4, 1, 2, false, 288, W, T)                                         \
+    TILE(name, "64x128x2", 64, 128, 2, 256, 3, 1, 2, false, 288, W, T)                                       \
+    TILE(name, "128x128", 128, 128, 1, 128, 4, 2, 1, false, 384, W, T)                                       \
+    TILE(name, "64x256", 64, 256, 1, 128, 3, 1, 1, false, 160, W, T)                                         \
+    TILE(name, "128x256", 128, 256, 1, 128, 3, 2, 1, false, 384, W, T)
 #define ROWS(name, W, z)                                                                                     \
     TILES(name "__" z, W<half>, half)                                                                        \
     TILES(name "__tbf16_" z, W<bfloat>, bfloat)

@@ -67,11 +67,14 @@ def test_every_tile(case: Case, tile: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tile", [name for name, tile in TILES.items() if tile.wgmma and tile.parts == 1])
-@pytest.mark.parametrize("case", [Case(530, 400, 192, 64, d) for d in HALVES], ids=str)
+@pytest.mark.parametrize("case", [Case(530, 400, 576, 64, d) for d in HALVES], ids=str)
 def test_threadgroups_walk(case: Case, tile: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More tiles than threadgroups, a last one of neighbours without rows."""
+    """More tiles than threadgroups."""
     monkeypatch.setattr(packed_module, "multiprocessors", lambda _: 2)
-    check(case, multiply(case, device, f"packed_gemm_fp4__m{tile}")[0])
+    kernel = f"packed_gemm_fp4__m{tile}"
+    p = plan(case.M, case.N, case.K, case.dtype, case.dtype, kernel=kernel, multiprocessors=2)
+    assert p.threadgroups[0] == min(2 * TILES[tile].held, TILES[tile].count(case.M, case.N)), p
+    check(case, multiply(case, device, kernel)[0])
 
 
 @pytest.mark.parametrize("device", DEVICES)

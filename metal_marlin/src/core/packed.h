@@ -132,16 +132,14 @@ template <typename W, typename T> struct PackedArguments {
 };
 
 // kRows of W and kTokens of a threadgroup; kDepth of k a stage, at most kAhead stages; simdgroups that multiply: kAlongN by
-// kAlongK of them, or of groups of four where the instruction takes four. Threadgroups along z: kSplit share K, or kShare
-// share the tokens of x and take neighbouring rows.
-template <uint kRows_, uint kTokens_, uint kSplit_, uint kShare_, uint kDepth_, uint kAhead_, uint kAlongN_,
-          uint kAlongK_, bool kFew_, uint kThreads_>
+// kAlongK of them, or of groups of four where the instruction takes four; kSplit threadgroups along z share K.
+template <uint kRows_, uint kTokens_, uint kSplit_, uint kDepth_, uint kAhead_, uint kAlongN_, uint kAlongK_,
+          bool kFew_, uint kThreads_>
 struct PackedTile {
     enum : uint {
         kRows = kRows_,
         kTokens = kTokens_,
         kSplit = kSplit_,
-        kShare = kShare_,
         kDepth = kDepth_,
         kAhead = kAhead_,
         kAlongN = kAlongN_,
@@ -151,17 +149,16 @@ struct PackedTile {
     enum : bool { kFew = kFew_ };
 };
 
-// The tiles of a threadgroup, or of those along z: tile `at`, and where a row walks on, every `step`th after it.
-// Neighbours along N come first.
+// The tiles of a threadgroup, or of those along z that share K: the first, and every `step`th after it. Neighbours along N
+// come first.
 template <typename Schedule> struct TileWalk {
-    enum : uint { kRows = Schedule::kRows * Schedule::kShare };
     uint at, step, across, count;
     TileWalk(constant GemmShape& shape, uint first, uint step)
-        : at(first), step(step), across((uint(shape.N) + kRows - 1) / kRows),
-          count(across * ((uint(shape.M) + Schedule::kTokens - 1) / Schedule::kTokens)) {}
+        : at(first), step(step), across((uint(shape.N) + uint(Schedule::kRows) - 1) / uint(Schedule::kRows)),
+          count(across * ((uint(shape.M) + uint(Schedule::kTokens) - 1) / uint(Schedule::kTokens))) {}
     bool more() const { return at < count; }
     void next() { at += step; }
-    uint row() const { return at % across * kRows; }
+    uint row() const { return at % across * Schedule::kRows; }
     uint token() const { return at / across * Schedule::kTokens; }
 };
 
@@ -249,7 +246,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct S
                     Epilogue epilogue) {
         if (at.tgid.z != 0) return;
         for (; tiles.more(); tiles.next()) {
-            const uint end = min(tiles.row() + uint(TileWalk<Schedule>::kRows), a.N) / 16,
+            const uint end = min(tiles.row() + uint(Schedule::kRows), a.N) / 16,
                        last = min(tiles.token() + Schedule::kTokens, a.M);
             for (uint s = tiles.row() / 16 + at.sgid; s < end; s += Schedule::kThreads / 32) {
                 for (uint token = tiles.token(); token < last; token += kTokens)

@@ -12,13 +12,6 @@ struct PhaseBarrier {
     static void arrive(uint at) {
         __asm__ volatile("{ .reg .b64 t; mbarrier.arrive.shared::cta.b64 t, [%0]; }" : : "r"(at) : "memory");
     }
-    // At a barrier of any threadgroup of the cluster (Cluster::address).
-    static void arrive_there(uint at) {
-        __asm__ volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];"
-                         :
-                         : "r"(at)
-                         : "memory");
-    }
     // And that so many bytes will have been copied.
     static void expect(uint at, uint bytes) {
         __asm__ volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared::cta.b64 t, [%0], %1; }"
@@ -63,17 +56,6 @@ static inline void copy_box3(uint to, ulong map, uint c0, uint c1, uint c2, uint
                      :
                      : "r"(to), "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier)
                      : "memory");
-}
-
-// The same, to the same place of all kCount threadgroups of the cluster, whose barriers each expect the bytes.
-template <uint kCount>
-static inline void copy_box3_to_all(uint to, ulong map, uint c0, uint c1, uint c2, uint barrier) {
-    __asm__ volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%2, %3, %4}], [%5], %6;"
-        :
-        : "r"(to), "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier), "h"(ushort((1u << kCount) - 1))
-        : "memory");
 }
 
 // A launch may start while the one before it still runs (runtime/device_cuda.py); what that one wrote is there after wait().

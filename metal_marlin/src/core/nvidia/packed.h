@@ -6,35 +6,30 @@
 #include "core/nvidia/packed_codes.h"
 #include "core/nvidia/wgmma.h"
 
-// A number of 16 bits, or a byte, from its bits.
-template <typename S> struct FromBits {
-    static S number(uint bits) { return as_type<S>(ushort(bits)); }
-};
-template <> struct FromBits<uchar> {
-    static uchar number(uint bits) { return uchar(bits); }
-};
-
 // A simdgroup that does nothing else keeps a ring of stages filled by the tensor copy unit: x, codes and scales of kDepth
 // of k, a copy each. The others multiply; they wait for a stage to be full and say when they have read it, and meet only
 // to add up what those along k have. Schedule::kFew: by the simdgroup's instruction, sums of a scale's weights times that
 // scale; else by that of four simdgroups, with weights rounded to T after their scale. As half could not hold every
 // scale, a row's are divided by a power of two, which multiplies its sums. Where a simdgroup's sums are outputs,
-// threadgroups walk from tile to tile: the ring is filled for the next one while outputs are written. Neighbours that
-// share x copy a part of it each, to all of them: many tokens are bound by what the second-level cache gives.
+// threadgroups walk from tile to tile: the ring is filled for the next one while outputs are written.
+// (Measured slower: neighbours that each copy half of x to both; threadgroups that share the last tiles along K, as all
+// read the same k at a time otherwise.)
 template <typename W, typename T, typename Schedule, typename Epilogue> struct RingGemm {
     typedef PackedArguments<W, T> Arguments;
     typedef typename W::Format Format;
     typedef typename W::S S;
     typedef MmaPair<T> Pair;
-    typedef Cluster<Schedule::kSplit * Schedule::kShare> Parts;
+    typedef Cluster<Schedule::kSplit> Parts;
     typedef TileWalk<Schedule> Tiles;
-    enum : bool { kFew = Schedule::kFew };
+    enum : bool {
+        kFew = Schedule::kFew,
+        kWhole = !kFew && Schedule::kAlongK == 1 && Schedule::kSplit == 1 // a simdgroup's sums are outputs
+    };
     enum : uint {
         kRows = Schedule::kRows,
         kTokens = Schedule::kTokens,
         kDepth = Schedule::kDepth,
         kSplit = Schedule::kSplit,
-        kShare = Schedule::kShare,
         kAlongN = Schedule::kAlongN,
         kAlongK = Schedule::kAlongK,
         kSimdgroups = kAlongN * kAlongK * (kFew ? 1 : 4), // that multiply
@@ -53,8 +48,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         kPlaces = kSpread == 1 ? 0 : kRows / 16 * kBlocks * 128,
         kScales = kRows * (kDepth / (16 * kSpread)) * sizeof(S), // at most
         kStage = (kX + kCodes + kPlaces + kScales * (W::kAffine ? 2 : 1) + 1023) / 1024 * 1024,
-        kWhole = !kFew && kAlongK == 1 && kSplit == 1, // a simdgroup's sums are outputs
-        kOutputs = kWhole ? kSimdgroups * 512 : 16,    // bytes: of 16 tokens and a simdgroup's rows
+        kOutputs = kWhole ? kSimdgroups * 512 : 16, // bytes: of 16 tokens and a simdgroup's rows
         kRoom = (226 * 1024 - kOutputs) / kStage,
         kStages = kRoom < Schedule::kAhead ? kRoom : Schedule::kAhead,
         kFull = kStages * kStage + kOutputs, // where barriers are
@@ -69,36 +63,31 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
     static_assert(kFew || (kTurns % 2 == 0 && kRows == 64 * kAlongN), "RingGemm: tile of four simdgroups");
     static_assert(kWhole || kAlongK * kTokens * kSumStride * 4 <= kStages * kStage,
                   "RingGemm: sums take the place of stages");
-    static_assert(kShare == 1 || (kWhole && kBlocks % kShare == 0), "RingGemm: tile of neighbours");
     struct alignas(1024) Shared {
         uchar stages[kStages * kStage], outputs[kOutputs];
         ulong full[kStages], empty[kStages];
     };
     struct Place {
-        uint first, token, rank; // row of W, token, place of the threadgroup along z
-        uint k, count;           // its first k and stages
+        uint rank;         // of the threadgroup along z
+        uint first, token; // row of W, token
+        uint k, count;     // its first k and stages
         uint lane, simdgroup, along_n, along_k;
         uint stages;      // address
         uint held, shift; // scales of a row that a stage has; weight k has scale k >> shift
         uint full(uint slot) const { return stages + kFull + slot * 8; }
         uint empty(uint slot) const { return stages + kEmpty + slot * 8; }
-        void move(Tiles tiles) {
-            first = tiles.row() + (kShare > 1 ? rank * kRows : 0);
-            token = tiles.token();
-        }
+        void move(Tiles tiles) { first = tiles.row(), token = tiles.token(); }
     };
     struct Turn {
         uint slot, parity;
         void next() {
             if (++slot == kStages) slot = 0, parity ^= 1;
         }
+        uint before() const { return (slot == 0 ? uint(kStages) : slot) - 1; }
     };
-    // A simdgroup has read a stage, which the threadgroups that copy to it wait for.
+    // A simdgroup has read a stage.
     static void release(thread const Place& at, uint slot) {
-        if (kShare > 1 && at.lane < kShare)
-            PhaseBarrier::arrive_there(Parts::address(at.empty(slot), at.lane));
-        else if (kShare == 1 && at.lane == 0)
-            PhaseBarrier::arrive(at.empty(slot));
+        if (at.lane == 0) PhaseBarrier::arrive(at.empty(slot));
     }
 
     // ---- simdgroups that copy
@@ -116,19 +105,14 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
                       full);
     }
     static void ask_x(thread const Place& at, ulong maps, uint slot, uint k) {
-        const uint to = at.stages + slot * kStage, full = at.full(slot);
-        if (kShare == 1)
-            copy_box3(to, maps, 0, at.token, k / 64, full);
-        else // one part of the blocks, the same for all
-            copy_box3_to_all<kShare>(to + at.rank * (kX / kShare), maps, 0, at.token,
-                                     k / 64 + at.rank * (kBlocks / kShare), full);
+        copy_box3(at.stages + slot * kStage, maps, 0, at.token, k / 64, at.full(slot));
     }
 
     static void produce(thread const Arguments& a, Place at, Tiles tiles) {
         const ulong maps = descriptor_at<7>();
         const bool elected = elect_one();
-        const uint early = kStages < at.count ? kStages : at.count;
         at.move(tiles);
+        const uint early = kStages < at.count ? kStages : at.count;
         for (uint i = 0; i < early; ++i) {
             if (elected) ask_weights(a, at, maps, i, at.k + i * kDepth);
         }
@@ -364,7 +348,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
     template <uint kRuns>
     static void many(thread const Place& at, thread const float (&inverse)[2], thread Turn& turn,
                      thread float (&d)[kTokens / 2]) {
-        uint before = 0, left[2][kSteps][4], places[2];
+        uint left[2][kSteps][4], places[2];
         for (uint i = 0; i < at.count; ++i) {
             PhaseBarrier::wait(at.full(turn.slot), turn.parity);
             const uint stage = at.stages + turn.slot * kStage;
@@ -381,14 +365,13 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
                         places[t % 2]);
                 WgmmaGroup::commit();
                 WgmmaGroup::wait<1>();
-                if (t == 0 && i > 0) release(at, before);
+                if (t == 0 && i > 0) release(at, turn.before());
             }
-            before = turn.slot;
             turn.next();
         }
         WgmmaGroup::wait<0>();
         Wgmma<T, kTokens>::hold(d);
-        release(at, before);
+        release(at, turn.before());
     }
 
     // ---- sums become outputs
@@ -466,7 +449,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
     struct FewTokens {};
     struct ManyTokens {};
 
-    static void finish(FewTokens, thread const Arguments& a, thread const Place& at, thread Turn& turn,
+    static void finish(FewTokens, thread const Arguments& a, thread const Place& at, Tiles, thread Turn& turn,
                        Epilogue epilogue) {
         Sums total[kStrips];
 #pragma unroll
@@ -498,7 +481,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         add(a, at, epilogue);
     }
 
-    static void finish(ManyTokens, thread const Arguments& a, thread const Place& at, thread Turn& turn,
+    static void finish(ManyTokens, thread const Arguments& a, Place at, Tiles tiles, thread Turn& turn,
                        Epilogue epilogue) {
         float d[kTokens / 2], inverse[2];
 #pragma unroll
@@ -513,11 +496,14 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
             many<2>(at, inverse, turn, d);
         else
             many<kSteps>(at, inverse, turn, d);
+        // Read again, and `at` as if it had changed: what outputs need takes no registers until here.
+        uint tid;
+        __asm__ volatile("mov.u32 %0, %%tid.x;" : "=r"(tid), "+r"(tiles.at));
+        at.lane = tid % kSimdWidth, at.simdgroup = tid / kSimdWidth,
+        at.along_n = at.simdgroup % (kAlongN * 4);
+        at.move(tiles);
         const float power[2] = {inverted(inverse[0]) * a.factor(), inverted(inverse[1]) * a.factor()};
-        if (kWhole) {
-            write(a, at, epilogue, power, d);
-            return;
-        }
+        if (kWhole) return write(a, at, epilogue, power, d);
         meet(); // all stages have been read
 #pragma unroll
         for (uint c = 0; c < kTiles; ++c) {
@@ -532,10 +518,10 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
     static Place place(thread const Arguments& a, GemmPlace where, threadgroup const Shared& sh) {
         const uint across = kAlongN * (kFew ? 1 : 4), stages = (a.K + kDepth - 1) / kDepth;
         Place at;
-        at.rank = kSplit * kShare > 1 ? where.tgid.z : 0;
-        const uint part = kSplit > 1 ? at.rank : 0, begin = stages * part / kSplit;
+        at.rank = kSplit > 1 ? where.tgid.z : 0;
+        const uint begin = stages * at.rank / kSplit;
         at.k = begin * kDepth;
-        at.count = stages * (part + 1) / kSplit - begin;
+        at.count = stages * (at.rank + 1) / kSplit - begin;
         at.lane = where.lane;
         at.simdgroup = where.sgid;
         at.along_n = where.sgid % across;
@@ -548,32 +534,28 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
 
     static void run(Arguments a, Tiles tiles, GemmPlace where, threadgroup Shared& sh, Epilogue epilogue) {
         LaunchOrder::let_next_start();
-        if (kSplit * kShare > 1) Parts::form();
+        if (kSplit > 1) Parts::form();
         Place at = place(a, where, sh);
         if (at.simdgroup == 0 && at.lane == 0) {
             for (uint i = 0; i < kStages; ++i) {
                 PhaseBarrier::start(at.full(i), 1);
-                PhaseBarrier::start(at.empty(i), kSimdgroups * kShare);
+                PhaseBarrier::start(at.empty(i), kSimdgroups);
             }
             PhaseBarrier::publish();
         }
-        if (kShare > 1)
-            Parts::barrier(); // others copy to this threadgroup
-        else
-            threadgroup_barrier(mem_flags::mem_threadgroup);
+        threadgroup_barrier(mem_flags::mem_threadgroup);
         if (at.simdgroup >= kSimdgroups) {
-            if (kHandOver) Registers::give<40>(); // of 168: four simdgroups give what eight take
+            if (kHandOver) Registers::give<24>(); // of 168: four simdgroups give what eight take
             if (at.simdgroup == kSimdgroups) produce(a, at, tiles);
             return;
         }
-        if (kHandOver) Registers::take<232>();
+        if (kHandOver) Registers::take<240>();
         Turn turn = {0, 0};
         do {
             at.move(tiles);
-            finish(conditional_t<kFew, FewTokens, ManyTokens>(), a, at, turn, epilogue);
+            finish(conditional_t<kFew, FewTokens, ManyTokens>(), a, at, tiles, turn, epilogue);
             tiles.next();
         } while (kWhole && tiles.more());
-        if (kShare > 1) Parts::barrier(); // nobody leaves before others have arrived at its barriers
     }
 };
 template <typename W, typename T, typename Schedule, typename Epilogue>

@@ -74,6 +74,14 @@ template <typename T> struct MmaStep<NF3, T> {
     }
 };
 
+// A number of 16 bits, or a byte, from its bits.
+template <typename S> struct FromBits {
+    static S number(uint bits) { return as_type<S>(ushort(bits)); }
+};
+template <> struct FromBits<uchar> {
+    static uchar number(uint bits) { return uchar(bits); }
+};
+
 // kCount words a lane, in threadgroup memory.
 template <typename Format, typename T, uint kCount> struct PackedCodes {
     uint words[kCount];
