@@ -140,32 +140,26 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
 
     // ---- what the others read
 
-    // Where numbers of dtype S of rows r and r + 8 are, of a strip of the threadgroup's and group j of the stage's.
-    static uint pair_at(thread const Place& at, uint from, uint strip, uint j) {
-        return from + (j * kRows + strip * 16 + at.lane / 4 * 2) * sizeof(S);
-    }
-    static uint2 pair_bits(uint from) {
-        const uint both = sizeof(S) == 1 ? shared_load2(from) : shared_load4(from);
-        return sizeof(S) == 1 ? uint2(both & 0xff, both >> 8) : uint2(both & 0xffff, both >> 16);
-    }
-    struct Numbers {
-        float scale[2], zero[2], bias[2];
+    // Scales of rows r and r + 8 of a strip of the threadgroup's, and zeros or biases: as they are stored, and as numbers.
+    struct Stored {
+        uint scales, more;
     };
-    static Numbers numbers(thread const Place& at, uint stage, uint strip, uint j) {
+    struct Numbers {
+        float2 scale, zero, bias;
+    };
+    static Stored stored(thread const Place& at, uint stage, uint strip, uint group) {
+        const uint from =
+            stage + kX + kCodes + kPlaces + (group * kRows + strip * 16 + at.lane / 4 * 2) * sizeof(S);
+        Stored v;
+        v.scales = sizeof(S) == 1 ? shared_load2(from) : shared_load4(from);
+        if (W::kAffine) v.more = sizeof(S) == 1 ? shared_load2(from + kScales) : shared_load4(from + kScales);
+        return v;
+    }
+    static Numbers numbers(Stored of) {
         Numbers v;
-        const uint from = pair_at(at, stage + kX + kCodes + kPlaces, strip, j);
-        const uint2 scales = pair_bits(from);
-#pragma unroll
-        for (uint h = 0; h < 2; ++h) v.scale[h] = W::Scale::value(FromBits<S>::number(scales[h]));
-        if (W::kAffine) {
-            const uint2 more = pair_bits(from + kScales);
-#pragma unroll
-            for (uint h = 0; h < 2; ++h) {
-                const float number = float(FromBits<S>::number(more[h]));
-                v.zero[h] = W::kZero ? number : 0.0f;
-                v.bias[h] = W::kBias ? number : 0.0f;
-            }
-        }
+        v.scale = ScalePair<typename W::Scale>::values(of.scales);
+        if (W::kZero) v.zero = ScalePair<FloatScale<S>>::values(of.more);
+        if (W::kBias) v.bias = ScalePair<FloatScale<S>>::values(of.more);
         return v;
     }
 
@@ -225,11 +219,15 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         const uint block = turn * kAlongK + at.along_k, x_from = stage + turn * (kAlongK * kXBlock);
         Codes codes[kStrips];
         uint places[kStrips];
+        Stored scales[kStrips][kRuns];
 #pragma unroll
         for (uint r = 0; r < kStrips; ++r) {
             const uint strip = at.along_n * kStrips + r;
             codes[r] = Codes::load(codes_at(stage, strip, block), at.lane);
             places[r] = places_of(at, stage, strip, block);
+#pragma unroll
+            for (uint run = 0; run < kRuns; ++run)
+                scales[r][run] = stored(at, stage, strip, (block * 64 + run * (64 / kRuns)) >> at.shift);
         }
         uint pair[4];
 #pragma unroll
@@ -263,10 +261,9 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
                         Pair::mma(ones[c], one, one, one, one, x[c][0], x[c][1]);
                 }
             }
-            const uint j = (block * 64 + run * (64 / kRuns)) >> at.shift;
 #pragma unroll
             for (uint r = 0; r < kStrips; ++r) {
-                const Numbers v = numbers(at, stage, at.along_n * kStrips + r, j);
+                const Numbers v = numbers(scales[r][run]);
 #pragma unroll
                 for (uint h = 0; h < 2; ++h) {
                     const float offset =
@@ -314,8 +311,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
 #pragma unroll
         for (uint step = 0; step < kSteps; ++step) {
             if (step * kRuns % kSteps == 0) {
-                const Numbers v =
-                    numbers(at, stage, at.along_n, (block * 64 + step * (64 / kSteps)) >> at.shift);
+                const uint group = (block * 64 + step * (64 / kSteps)) >> at.shift;
+                const Numbers v = numbers(stored(at, stage, at.along_n, group));
 #pragma unroll
                 for (uint h = 0; h < 2; ++h) {
                     scales[h] = join(T(v.scale[h] * (inverse[h] * ManyDecode::kUnit)));

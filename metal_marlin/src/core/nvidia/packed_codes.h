@@ -82,6 +82,33 @@ template <> struct FromBits<uchar> {
     static uchar number(uint bits) { return uchar(bits); }
 };
 
+// Two scales that lie side by side.
+template <typename Scale> struct ScalePair {
+    typedef typename Scale::Stored S;
+    static float2 values(uint both) {
+        enum : uint { kBits = 8 * sizeof(S) };
+        return float2(Scale::value(FromBits<S>::number(both & ((1u << kBits) - 1))),
+                      Scale::value(FromBits<S>::number(both >> kBits)));
+    }
+};
+template <> struct ScalePair<E4M3> { // which has an instruction
+    static float2 values(uint both) {
+        uint halves;
+        __asm__("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(ushort(both)));
+        return float2(float(as_type<half>(ushort(halves))), float(as_type<half>(ushort(halves >> 16))));
+    }
+};
+
+template <> struct ScalePair<E8M0> { // both at once as bfloats, 0 to 2^-127 and 255 to NaN
+    static float2 values(uint both) {
+        const uint bits = mma_permute(both, 0, 0x4140) << 7;
+        uint sizes;
+        __asm__("max.u16x2 %0, %1, %2;" : "=r"(sizes) : "r"(bits), "r"(0x00400040u));
+        sizes |= (bits + 0x00800080u) >> 9 & 0x00400040u; // of 255, carries out of the exponent
+        return float2(as_type<float>(sizes << 16), as_type<float>(sizes & 0xffff0000u));
+    }
+};
+
 // kCount words a lane, in threadgroup memory.
 template <typename Format, typename T, uint kCount> struct PackedCodes {
     uint words[kCount];
