@@ -17,6 +17,8 @@ fastest of the others ours is, `linear` or `linear_packed`.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import re
 
 import torch
@@ -83,86 +85,81 @@ def has_packed(case: Case, device: str) -> bool:
     return hopper and has_rows(case.dtype, case.scales_in, case.format) and case.N % 16 == case.K % 64 == 0
 
 
-def packed_of(case: Case, data: tuple[torch.Tensor | None, ...]) -> QuantizedTensor:
-    _, codes, scales, extra = data
-    return prepack(
-        QuantizedTensor(codes, scales, extra, case.format, case.group, case.zeros, (case.N, case.K)), "mma16"
-    )
+def packed_of(case: Case, parts: tuple[torch.Tensor | None, ...]) -> QuantizedTensor:
+    """Codes, scales and extra in operand order."""
+    return prepack(QuantizedTensor(*parts, case.format, case.group, case.zeros, (case.N, case.K)), "mma16")
 
 
-def packed(
-    kernel: str,
-    case: Case,
-    data: list[tuple[torch.Tensor, ...]],
-    weights: list[QuantizedTensor],
-    outs: list[torch.Tensor],
-) -> Candidate:
-    asked = None if kernel == "linear_packed" else kernel
+class Weights:
+    """W of a shape and format as every product takes it, made once; sets are the same numbers elsewhere."""
 
-    def run(i: int) -> None:
-        w = weights[i]
-        more = {"format": case.format, "zeros": w.kernel_zeros, "extra": w.extra, "kernel": asked, "out": outs[i]}
-        linear_packed(data[i][0], w.codes, w.scales, w.powers, case.group, **more)
+    def __init__(self, case: Case, device: str, only: str) -> None:
+        self.device, self.form, self.case = device, codec(case.format), case
+        self.sets = sets_needed(case.N * case.K * self.form.bits // 8, device, most=24)
+        _, *parts = case.tensors(device)
+        self.W = self.form.decode(*parts, case.group, case.zeros, case.dtype)
+        self.dense = _copies(self.W, sets_needed(self.W.nbytes, device, most=8))
+        self.packed: list[QuantizedTensor] = []
+        if has_packed(case, device):
+            first = packed_of(case, parts)
+            tensors = zip(*(_copies(t, self.sets) for t in (first.codes, first.scales, first.extra)), strict=True)
+            self.packed = [dataclasses.replace(first, codes=c, scales=s, extra=e) for c, s, e in tensors]
+        needed = self.sets if "linear".startswith(only) or not only.startswith(("linear_", "packed_")) else 1
+        self.canonical = list(zip(*(_copies(t, needed) for t in parts), strict=True))
 
-    return run
+    def product(self, kernel: str, x: torch.Tensor, out: torch.Tensor) -> Candidate:
+        """``linear`` or ``linear_packed``, or one of their kernels."""
+        case, options = self.case, {"format": self.case.format, "out": out}
+
+        def canonical(i: int) -> None:
+            codes, scales, extra = self.canonical[i % len(self.canonical)]
+            asked = None if kernel == "linear" else kernel
+            linear(x, codes, scales, case.group, zeros=case.zeros, extra=extra, kernel=asked, **options)
+
+        def packed(i: int) -> None:
+            w = self.packed[i]
+            more = {"zeros": w.kernel_zeros, "extra": w.extra, "kernel": None if kernel == "linear_packed" else kernel}
+            linear_packed(x, w.codes, w.scales, w.powers, case.group, **more, **options)
+
+        return packed if kernel == "linear_packed" or kernel in PACKED else canonical
 
 
-def dense_products(
-    case: Case, device: str, xs: list[torch.Tensor], dense: list[torch.Tensor], outs: list[torch.Tensor]
-) -> dict[str, Candidate]:
-    """torch's product of the activations' dtype, and of bfloat16 where that may be faster than half."""
-    found: dict[str, Candidate] = {"dense": lambda i: torch.matmul(xs[i], dense[i % len(dense)].T, out=outs[i])}
-    if device.startswith("cuda") and case.dtype == torch.float16:
-        x, w, out = xs[0].bfloat16(), [d.bfloat16() for d in dense], outs[0].bfloat16()
-        found["dense_bf16"] = lambda i: torch.matmul(x, w[i % len(w)].T, out=out)
-    return found
+def _copies(tensor: torch.Tensor | None, count: int) -> list[torch.Tensor | None]:
+    """Strides stay as they are."""
+    return [tensor, *(None if tensor is None else tensor.clone() for _ in range(count - 1))]
 
 
 def candidates(
-    case: Case, device: str, sets: int, kernels: list[str], only: str, others: list[str] | None
+    case: Case, weights: Weights, kernels: list[str], only: str, others: list[str] | None
 ) -> tuple[dict[str, Candidate], float]:
     """What to time, of ours what starts with ``only``, of other libraries ``others``, and the largest error of ours."""
-    data = [case.tensors(device, seed) for seed in range(min(2, sets))]
-    data += [tuple(None if t is None else t.clone() for t in data[i % 2]) for i in range(2, sets)]
-    outs = [d[0].new_full((case.M, case.N), float("nan")) for d in data]
-    form = codec(case.format)
-    options = {"format": case.format, "zeros": case.zeros}
-
-    def ours(kernel: str | None) -> Candidate:
-        def run(i: int) -> None:
-            x, codes, scales, extra = data[i]
-            linear(x, codes, scales, case.group, extra=extra, kernel=kernel, out=outs[i], **options)
-
-        return run
-
-    found: dict[str, Candidate] = {"linear": ours(None), **{k: ours(k) for k in kernels if k not in PACKED}}
-    if has_packed(case, device):
-        weights = [packed_of(case, d) for d in data]
-        found |= {
-            k: packed(k, case, data, weights, outs) for k in ("linear_packed", *(k for k in kernels if k in PACKED))
-        }
-    found = {name: call for name, call in found.items() if name.startswith(only)}
-    dense = [form.decode(*d[1:], case.group, case.zeros, case.dtype) for d in data[:2]]
-    error = 0.0
-    for i in {0, min(1, sets - 1)}:
-        wanted = data[i][0].float() @ dense[i].float().T
-        for name, call in found.items():
-            outs[i].fill_(float("nan"))
+    device, dense = weights.device, weights.dense
+    x = torch.randn(case.M, case.K, generator=torch.Generator().manual_seed(case.M)).to(case.dtype).to(device)
+    out = x.new_full((case.M, case.N), float("nan"))
+    ours = ["linear", *(["linear_packed"] if weights.packed else []), *kernels]
+    ours = [name for name in ours if name.startswith(only) and (weights.packed or name not in PACKED)]
+    found = {name: weights.product(name, x, out) for name in ours}
+    error, wanted = 0.0, x.float() @ weights.W.float().T
+    for name, call in found.items():
+        for i in {0, weights.sets - 1}:
+            out.fill_(float("nan"))
             call(i)
             synchronize(device)
-            error = max(error, require_correct(f"{case} {name}", outs[i], wanted, LIMITS[case.dtype]))
-    found |= {name: peer[0] for name, peer in peers(case.M, case.N, case.K, device, sets, others).items()}
-    return found | dense_products(case, device, [d[0] for d in data], dense, outs), error
+            error = max(error, require_correct(f"{case} {name}", out, wanted, LIMITS[case.dtype]))
+    found |= {name: peer[0] for name, peer in peers(case.M, case.N, case.K, device, weights.sets, others).items()}
+    found["dense"] = lambda i: torch.matmul(x, dense[i % len(dense)].T, out=out)
+    if device.startswith("cuda") and case.dtype == torch.float16:  # which may be faster
+        b, of, to = x.bfloat16(), [d.bfloat16() for d in dense], out.bfloat16()
+        found["dense_bf16"] = lambda i: torch.matmul(b, of[i % len(of)].T, out=to)
+    return found, error
 
 
 def measure(
-    case: Case, device: str, kernels: list[str], only: str = "", others: list[str] | None = None
+    case: Case, weights: Weights, kernels: list[str], only: str = "", others: list[str] | None = None
 ) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
     """Rows of the table, and the row of the last one, if there is one."""
-    operations = 2 * case.M * case.N * case.K
-    moved = case.N * case.K * codec(case.format).bits // 8 + case.M * (case.N + case.K) * case.dtype.itemsize
-    sets = sets_needed(moved, device, most=8)
-    calls, error = candidates(case, device, sets, kernels, only, others)
+    operations, device, sets = 2 * case.M * case.N * case.K, weights.device, weights.sets
+    calls, error = candidates(case, weights, kernels, only, others)
     if device.startswith("cuda"):
         times = graph_times(calls, device, inner=max(16, sets), sets=sets)
     else:
@@ -207,18 +204,18 @@ def main() -> None:
     for device in usable_devices(options.device):
         rows: list[tuple[str, ...]] = []
         last = [("case", "ours", "µs", "best of the others", "µs", "times as fast")]
-        for shape in shapes(options.shapes):
-            for name in options.format:
-                zeros = codec(name).zero_kinds[0]
-                for dtype in options.dtype or (["f32"] if device == "cpu" else ["half"]):
-                    for tokens in options.tokens:
-                        group = group_of(name, options.group)
-                        case = Case(tokens, shape.N, shape.K, group, DTYPES[dtype], None, name, zeros, shape.model)
-                        kernels = [f"marlin_gemm_{name}", *(k for k in options.kernel if f"_{name}" in k)]
-                        kernels += [f"decode_gemv_{name}_batched"] if tokens <= 128 else []
-                        kernels += tiles(case) if options.tiles else []
-                        found, ratio = measure(case, device, kernels, options.only, options.peers)
-                        rows, last = rows + found, last + ratio
+        for shape, name in itertools.product(shapes(options.shapes), options.format):
+            zeros, group = codec(name).zero_kinds[0], group_of(name, options.group)
+            for dtype in options.dtype or (["f32"] if device == "cpu" else ["half"]):
+                case = Case(1, shape.N, shape.K, group, DTYPES[dtype], None, name, zeros, shape.model)
+                weights = Weights(case, device, options.only)
+                for tokens in options.tokens:
+                    case = dataclasses.replace(case, M=tokens)
+                    kernels = [f"marlin_gemm_{name}", *(k for k in options.kernel if f"_{name}" in k)]
+                    kernels += [f"decode_gemv_{name}_batched"] if tokens <= 128 else []
+                    kernels += tiles(case) if options.tiles else []
+                    found, ratio = measure(case, weights, kernels, options.only, options.peers)
+                    rows, last = rows + found, last + ratio
         table(device, [heading, *rows])
         table(f"{device}: beside the best of the others", last)
 

@@ -54,7 +54,7 @@ class Weights:
         if self.packed:
             codes, places, scales = self.sparse[0][:3]
             self.ordered = self._copies(operands.pack_sparse(codec(case.format), codes, places, scales))
-            whole = packed_of(case.dense, (self.x, *self.dense[0]))
+            whole = packed_of(case.dense, self.dense[0])
             self.dense = self._copies((whole.codes, whole.scales, whole.powers))
 
     def _copies(self, tensors: Iterable[torch.Tensor | None]) -> list[tuple[Any, ...]]:
