@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from metal_marlin.formats.codec import Codec
+from metal_marlin.formats.fp4 import VALUES
 from metal_marlin.formats.nf3 import NF3
 
 _BLOCK = 1 << 24  # codes that are unpacked at a time
@@ -20,6 +21,26 @@ _AXES = {
 }
 _SPARSE_AXES = ((2, 8, -1, 2, 2, 4, 2), _AXES[4][1])  # of kept weights: a block has two steps
 _FEW_AXES = (_AXES[4][0], (0, 3, 2, 6, 4, 5, 1, 7))  # of two and three bits: a lane's 32 codes together
+
+
+# Of FP4's codes i and i + 4 of a word, the bits of its halves where their signs are and where their sizes begin.
+_SIGNS, _SIZES = (15, 12, 14, 13), (9, 6, 3, 0)
+
+
+def _signs_apart(words: torch.Tensor) -> torch.Tensor:
+    """Words of FP4 codes in the order of a matrix instruction's numbers."""
+    out = torch.zeros_like(words)
+    for i in range(4):
+        out |= (words >> 4 * i + 3 & 0x00010001) << _SIGNS[i] | (words >> 4 * i & 0x00070007) << _SIZES[i]
+    return out
+
+
+def _signs_joined(words: torch.Tensor) -> torch.Tensor:
+    """What ``_signs_apart`` was given."""
+    out = torch.zeros_like(words)
+    for i in range(4):
+        out |= (words >> _SIGNS[i] & 0x00010001) << 4 * i + 3 | (words >> _SIZES[i] & 0x00070007) << 4 * i
+    return out
 
 
 def _place(form: Codec, i: int, bit: int) -> tuple[int, int]:
@@ -85,6 +106,8 @@ def _reordered(form: Codec, words: torch.Tensor, back: bool, sparse: bool = Fals
     rows = max(16, _BLOCK // max(1, form.columns(words.shape[1])) // 16 * 16)
     for first in range(0, words.shape[0], rows):
         part = words[first : first + rows].contiguous()
+        if back and form.values is VALUES:
+            part = _signs_joined(part)
         codes = _few_unpacked(form, part) if back and few else form.unpack(part)
         whole = codes.view(-1, 16, form.columns(words.shape[1]))
         shape = whole.unflatten(2, split[2:]).unflatten(1, split[:2]).shape
@@ -93,6 +116,8 @@ def _reordered(form: Codec, words: torch.Tensor, back: bool, sparse: bool = Fals
             made = _few_packed(form, moved.reshape(-1, 32, 32)).view(part.shape)
         else:
             made = form.pack(moved.reshape(part.shape[0], -1))
+        if not back and form.values is VALUES:
+            made = _signs_apart(made)
         out[first : first + rows] = made
     return out
 

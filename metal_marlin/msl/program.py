@@ -292,9 +292,12 @@ def _portable(ptx: str, arch: str) -> str:
 
 
 def _bound_threads(ptx: str, limit: int | None) -> str:
-    """State the entry's `max_total_threads_per_threadgroup`, and the threadgroups along z of a cluster, which a comment
-    of the kernel's says (src/core/nvidia/barrier.h); clang drops launch bounds outside CUDA."""
+    """State the entry's `max_total_threads_per_threadgroup`, which clang drops outside CUDA, and the threadgroups along z
+    of a cluster and those that a multiprocessor should hold, which comments of the kernel's say
+    (src/core/nvidia/cluster.h)."""
     cluster = re.search(r"^\s*// threadgroups of a cluster: (\d+)$", ptx, flags=re.M)
+    held = re.search(r"^\s*// threadgroups of a multiprocessor: (\d+)$", ptx, flags=re.M)
     bounds = f"\n.maxntid {limit}, 1, 1" if limit is not None else ""
+    bounds += f"\n.minnctapersm {held[1]}" if held and limit is not None else ""
     bounds += f"\n.reqnctapercluster 1, 1, {cluster[1]}" if cluster else ""
     return re.sub(r"(\.entry mm_entry\([^)]*\))", rf"\1{bounds}", ptx, count=1)

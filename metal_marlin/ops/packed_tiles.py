@@ -28,9 +28,9 @@ class Tiles(Mapping[str, Tile]):
     def threadgroups(self, name: str, M: int, N: int, multiprocessors: int = MULTIPROCESSORS) -> tuple[int, int, int]:
         """The grid: where tiles do not share K, no more threadgroups than run at the same time; they walk on."""
         tile = self[name]
-        walks = tile.wgmma and tile.parts == 1
-        count = tile.count(M, N)
-        return (min(count, multiprocessors * tile.held) if walks else count, 1, tile.parts)
+        if tile.wgmma and tile.parts == 1:
+            return (min(tile.count(M, N), multiprocessors * tile.held), 1, 1)
+        return (-(-N // tile.rows), -(-M // tile.tokens), tile.parts)
 
     def fastest(self, M: int, N: int, K: int) -> str:
         """The tile of least time for x [M, K] and W [N, K]."""

@@ -24,7 +24,7 @@ using namespace metal;
         typedef PackedGemm<W, T, Schedule, NoEpilogue> Core;                                                 \
         threadgroup typename Core::Shared sh;                                                                \
         Core::run(PackedArguments<W, T>(x, codes, scales, extra, powers, nullptr, y, shape),                 \
-                  TileWalk<Schedule>(shape, tgid.x, grid.x), GemmPlace{tgid, sgid, lane}, sh, NoEpilogue()); \
+                  TileWalk<Schedule>(shape, tgid, grid), GemmPlace{tgid, sgid, lane}, sh, NoEpilogue());     \
     }
 ENTRY(160)
 ENTRY(288)

@@ -25,7 +25,7 @@ using namespace metal;
         threadgroup typename Core::Shared sh;                                                                \
         Core::run(PackedArguments<W, T>(x, codes, scales, (device const typename W::Bound*)scales, powers,   \
                                         places, y, shape),                                                   \
-                  TileWalk<Schedule>(shape, tgid.x, grid.x), GemmPlace{tgid, sgid, lane}, sh, NoEpilogue()); \
+                  TileWalk<Schedule>(shape, tgid, grid), GemmPlace{tgid, sgid, lane}, sh, NoEpilogue());     \
     }
 ENTRY(160)
 ENTRY(288)

@@ -218,7 +218,10 @@ def test_mma16_is_operand_order(format: str) -> None:
     for n, k in itertools.product(range(N), range(K)):
         block, lane, step = n // 16 * (K // 64) + k // 64, n % 8 * 4 + k % 8 // 2, k % 64 // 16
         pair, e = n % 16 // 8 + k % 16 // 8 * 2, k % 2
-        if form.bits == 4:
+        if form.values == CODECS["fp4"].values:
+            half = words[(block * 32 + lane) * 4 + step] >> 16 * e
+            code = half >> (9 - 3 * pair) & 7 | (half >> (15, 12, 14, 13)[pair] & 1) << 3
+        elif form.bits == 4:
             code = words[(block * 32 + lane) * 4 + step] >> (4 * (pair + 4 * e)) & 15
         elif form.bits == 8:
             word = words[((block * 2 + step // 2) * 32 + lane) * 4 + step % 2 * 2 + pair // 2]

@@ -19,6 +19,7 @@
 #include <metal_stdlib>
 #include "core/epilogue.h"
 #include "core/gemm.h"
+#include "formats/fp4.h"
 #include "formats/int2.h"
 #include "formats/int3.h"
 #include "formats/nf3.h"
@@ -52,12 +53,25 @@ template <uint kCount> struct LaneWords {
     }
 };
 
+// Codes i and i + kPerWord / 2 of a word. Of FP4, a half of a word has the sign and the size of code i where a number of 16
+// bits has them after the fewest steps: signs are bits 15, 12, 14 and 13, sizes bits 9, 6, 3 and 0 and the two above.
+template <typename Format> struct WordCodes {
+    static float2 pair(uint word, uint i) { return Format::pair(word, i); }
+};
+template <> struct WordCodes<FP4> {
+    static float2 pair(uint word, uint i) {
+        const uint sign = i == 0 ? 15 : i == 1 ? 12 : 16 - i, size = 9 - 3 * i;
+        const uint codes = ((word >> sign & 0x00010001u) << 3) | (word >> size & 0x00070007u);
+        return float2(FP4::value(codes), FP4::value(codes >> 16));
+    }
+};
+
 // Pair `at` of a lane's 16, four a step, of the words of a block. Below, places are those that cost a GPU the least to
 // bring the two codes to the same bits of both halves of a register, or four codes to a digit each.
 template <typename Format> struct LaneCodes {
     enum : uint { kPairs = Format::kPerWord / 2 };
     static float2 pair(device const uint* block, uint lane, uint at) {
-        return Format::pair(block[LaneWords<Format::kBits>::at(lane, at / kPairs)], at % kPairs);
+        return WordCodes<Format>::pair(block[LaneWords<Format::kBits>::at(lane, at / kPairs)], at % kPairs);
     }
 };
 
@@ -153,8 +167,9 @@ struct PackedTile {
 // come first.
 template <typename Schedule> struct TileWalk {
     uint at, step, across, count;
-    TileWalk(constant GemmShape& shape, uint first, uint step)
-        : at(first), step(step), across((uint(shape.N) + uint(Schedule::kRows) - 1) / uint(Schedule::kRows)),
+    TileWalk(constant GemmShape& shape, uint3 tgid, uint3 grid)
+        : at(tgid.y * grid.x + tgid.x), step(grid.x * grid.y),
+          across((uint(shape.N) + uint(Schedule::kRows) - 1) / uint(Schedule::kRows)),
           count(across * ((uint(shape.M) + uint(Schedule::kTokens) - 1) / uint(Schedule::kTokens))) {}
     bool more() const { return at < count; }
     void next() { at += step; }
@@ -193,7 +208,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct S
                 const Numbers v = numbers(a, strip, r + 8 * h, first);
                 const uint four =
                     SparsePlaces::four(a.places[block * 32 + SparsePlaces::lane(r, s, far)], h, c);
-                const float2 w = v.scale * Format::pair(word, 2 * far + h);
+                const float2 w = v.scale * WordCodes<Format>::pair(word, 2 * far + h);
                 for (uint i = 0; i < kTokens; ++i) {
                     if (token + i >= a.M) break;
                     device const T* x = a.x + ulong(token + i) * a.K + first;

@@ -1,6 +1,13 @@
 #pragma once
 // Threadgroups that share their work (PTX ISA: clusters; sm_90).
 #ifdef __METAL_MARLIN_CUDA__
+// How many threadgroups a multiprocessor should hold, as for kBytes of threadgroup memory each: assemblers give a thread
+// as many registers as that leaves it. Said as below.
+template <uint kBytes> struct Residency {
+    enum : uint { kCount = 228 * 1024 / (kBytes + 1024) };
+    static void ask() { __asm__ volatile("// threadgroups of a multiprocessor: %0" : : "n"(kCount)); }
+};
+
 // kCount threadgroups along z that run at the same time and may read each other's threadgroup memory.
 template <uint kCount> struct Cluster {
     // For the compiler of PTX (msl/program.py): what attributes cannot say.

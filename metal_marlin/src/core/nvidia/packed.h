@@ -76,7 +76,9 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         uint held, shift; // scales of a row that a stage has; weight k has scale k >> shift
         uint full(uint slot) const { return stages + kFull + slot * 8; }
         uint empty(uint slot) const { return stages + kEmpty + slot * 8; }
-        void move(Tiles tiles) { first = tiles.row(), token = tiles.token(); }
+        void move(Tiles tiles) {
+            if (kWhole) first = tiles.row(), token = tiles.token();
+        }
     };
     struct Turn {
         uint slot, parity;
@@ -156,7 +158,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         return v;
     }
     static Numbers numbers(Stored of) {
-        Numbers v;
+        Numbers v = {0, 0, 0};
         v.scale = ScalePair<typename W::Scale>::values(of.scales);
         if (W::kZero) v.zero = ScalePair<FloatScale<S>>::values(of.more);
         if (W::kBias) v.bias = ScalePair<FloatScale<S>>::values(of.more);
@@ -457,9 +459,11 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
                 for (uint e = 0; e < 4; ++e) total[r][c][e] = 0;
             }
         }
-        if (a.shift >= 6)
+        const uint shift =
+            OwnGroup<typename W::Scale>::shift != 0 ? uint(OwnGroup<typename W::Scale>::shift) : a.shift;
+        if (shift >= 6)
             few<1>(at, turn, total);
-        else if (a.shift == 5)
+        else if (shift == 5)
             few<2>(at, turn, total);
         else
             few<kSteps>(at, turn, total);
@@ -487,9 +491,11 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         for (uint h = 0; h < 2; ++h) {
             inverse[h] = inverted(a.powers[min(at.first + at.along_n * 16 + at.lane / 4 + h * 8, a.N - 1)]);
         }
-        if (a.shift >= 6)
+        const uint shift =
+            OwnGroup<typename W::Scale>::shift != 0 ? uint(OwnGroup<typename W::Scale>::shift) : a.shift;
+        if (shift >= 6)
             many<1>(at, inverse, turn, d);
-        else if (a.shift == 5)
+        else if (shift == 5)
             many<2>(at, inverse, turn, d);
         else
             many<kSteps>(at, inverse, turn, d);
@@ -515,6 +521,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
     static Place place(thread const Arguments& a, GemmPlace where, threadgroup const Shared& sh) {
         const uint across = kAlongN * (kFew ? 1 : 4), stages = (a.K + kDepth - 1) / kDepth;
         Place at;
+        at.first = where.tgid.x * kRows; // until it moves
+        at.token = where.tgid.y * kTokens;
         at.rank = kSplit > 1 ? where.tgid.z : 0;
         const uint begin = stages * at.rank / kSplit;
         at.k = begin * kDepth;
@@ -531,6 +539,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
 
     static void run(Arguments a, Tiles tiles, GemmPlace where, threadgroup Shared& sh, Epilogue epilogue) {
         LaunchOrder::let_next_start();
+        Residency<sizeof(Shared)>::ask();
         if (kSplit > 1) Parts::form();
         Place at = place(a, where, sh);
         if (at.simdgroup == 0 && at.lane == 0) {

@@ -20,6 +20,29 @@ template <typename Format, typename T> struct MmaStep {
     }
 };
 
+// FP4: products move a sign and a size at once, as multiplying takes other units than bitwise instructions do.
+template <> struct MmaStep<FP4, half> {
+    template <typename Decode, uint kCount>
+    static void operand(thread const uint (&words)[kCount], uint step, thread uint (&w)[4]) {
+        const uint q = words[step];
+        w[0] = q & 0x8e008e00u;
+        w[1] = (q << 3) & 0x8e008e00u;
+        w[2] = ((q & 0x40384038u) * 66) & 0x8e008e00u;
+        w[3] = ((q & 0x20072007u) * 516) & 0x8e008e00u;
+    }
+};
+template <> struct MmaStep<FP4, bfloat> {
+    template <typename Decode, uint kCount>
+    static void operand(thread const uint (&words)[kCount], uint step, thread uint (&w)[4]) {
+        const uint q = words[step];
+        w[0] = number(q, q >> 3), w[1] = number(q << 3, q);
+        w[2] = number(q << 1, q << 3), w[3] = number(q << 2, q << 6);
+    }
+    static uint number(uint sign, uint size) {
+        return MmaPair<bfloat>::times((sign & 0x80008000u) | (size & 0x01c001c0u), 0x7e807e80u); // 2^126
+    }
+};
+
 // A half's mantissa holds four fields from bit 2 on. With the bytes of both halves exchanged, it holds the others.
 template <> struct MmaStep<INT2, half> {
     template <typename Decode>
@@ -80,6 +103,17 @@ template <typename S> struct FromBits {
 };
 template <> struct FromBits<uchar> {
     static uchar number(uint bits) { return uchar(bits); }
+};
+
+// Of formats with groups of their own, which weight k has scale k >> shift; 0: any.
+template <typename Scale> struct OwnGroup {
+    enum : uint { shift = 0 };
+};
+template <> struct OwnGroup<E8M0> {
+    enum : uint { shift = 5 };
+};
+template <> struct OwnGroup<E4M3> {
+    enum : uint { shift = 4 };
 };
 
 // Two scales that lie side by side.
