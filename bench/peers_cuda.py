@@ -32,20 +32,11 @@ def has_humming(N: int, K: int, device: str) -> bool:
 def humming(M: int, N: int, K: int, device: str, sets: int) -> tuple[Candidate, int, float]:
     """humming's product: x half, w = e2m1 * scale with half scales in groups of 128; bytes of W; its error."""
     from humming.forward import humming_forward
-    from humming.layer import HummingLayer
     from humming.tune import get_heuristics_config
 
+    weight, config, copies = _humming_weight(N, K, device, sets)
     with torch.cuda.device(device):
-        weight = _e2m1_weight(N, K).to(device)
-        described = {"dtype": "float4e2m1", "group_size": GROUP}
-        layer = HummingLayer(shape_n=N, shape_k=K, weight_config=described, torch_dtype=torch.float16).to(device)
-        layer.load_from_unquantized(weight)  # exactly: every group has a largest value
-        layer.transform()
-        config = layer.humming_config
         tuning = json.dumps(get_heuristics_config(config, shape_m=M))
-    names = ("weight", "weight_scale", "weight_scale_2", "locks")
-    held = {name: t.detach() for name in names if (t := getattr(layer, name, None)) is not None}
-    copies = [held, *({name: t.clone() for name, t in held.items()} for _ in range(sets - 1))]
     x, out = _x(M, K, device), torch.empty(M, N, dtype=torch.float16, device=device)
 
     def run(i: int) -> torch.Tensor:
@@ -56,6 +47,22 @@ def humming(M: int, N: int, K: int, device: str, sets: int) -> tuple[Candidate, 
     return run, N * K // 2 + 2 * N * K // GROUP, error
 
 
+@functools.lru_cache(maxsize=1)
+def _humming_weight(N: int, K: int, device: str, sets: int) -> tuple[torch.Tensor, Any, list[dict[str, torch.Tensor]]]:
+    """W, how humming has it, and copies of what it is made of."""
+    from humming.layer import HummingLayer
+
+    weight = _e2m1_weight(N, K, device)
+    with torch.cuda.device(device):
+        described = {"dtype": "float4e2m1", "group_size": GROUP}
+        layer = HummingLayer(shape_n=N, shape_k=K, weight_config=described, torch_dtype=torch.float16).to(device)
+        layer.load_from_unquantized(weight)  # exactly: every group has a largest value
+        layer.transform()
+    names = ("weight", "weight_scale", "weight_scale_2", "locks")
+    held = {name: t.detach() for name in names if (t := getattr(layer, name, None)) is not None}
+    return weight, layer.humming_config, [held, *({n: t.clone() for n, t in held.items()} for _ in range(sets - 1))]
+
+
 def has_gemlite(N: int, K: int, device: str) -> bool:
     """Whether gemlite is installed and takes W [N, K]."""
     return _on_cuda("gemlite", device) and N % 32 == K % GROUP == 0
@@ -64,24 +71,28 @@ def has_gemlite(N: int, K: int, device: str) -> bool:
 def gemlite(M: int, N: int, K: int, device: str, sets: int) -> tuple[Candidate, int, float]:
     """gemlite's product: x half, w = (q - 8) * scale with four bits and half scales in groups of 128; bytes of W; its
     error."""
-    library = _gemlite()
-    rng = torch.Generator().manual_seed(1)
-    q = torch.randint(0, 16, (N, K), generator=rng, dtype=torch.uint8).to(device)
-    scales = (0.002 + 0.02 * torch.rand(N, K // GROUP, generator=rng)).half().to(device)
-    half = library.DType.FP16
-    sizes = {"group_size": GROUP, "in_features": K, "out_features": N}
-    layer = library.GemLiteLinear(4, **sizes, input_dtype=half, output_dtype=half)
-    layer.pack(q, scales, torch.full_like(scales, 8), None)
-    held, meta = [t.detach() for t in layer.get_tensor_args()], layer.get_meta_args()
-    copies = [held, *([t.clone() for t in held] for _ in range(sets - 1))]
+    library, (weight, meta, copies) = _gemlite(), _gemlite_weight(N, K, device, sets)
     x = _x(M, K, device)
 
     def run(i: int) -> torch.Tensor:
         return library.forward_functional(x, None, copies[i], meta)
 
+    return run, N * K // 2 + 4 * N * K // GROUP, _error("gemlite", run, x, weight, sets)
+
+
+@functools.lru_cache(maxsize=1)
+def _gemlite_weight(N: int, K: int, device: str, sets: int) -> tuple[torch.Tensor, Any, list[list[torch.Tensor]]]:
+    """W, how gemlite has it, and copies of what it is made of."""
+    library, rng = _gemlite(), torch.Generator(device).manual_seed(1)
+    q = torch.randint(0, 16, (N, K), generator=rng, dtype=torch.uint8, device=device)
+    scales = (0.002 + 0.02 * torch.rand(N, K // GROUP, generator=rng, device=device)).half()
+    half = library.DType.FP16
+    sizes = {"group_size": GROUP, "in_features": K, "out_features": N}
+    layer = library.GemLiteLinear(4, **sizes, input_dtype=half, output_dtype=half)
+    layer.pack(q, scales, torch.full_like(scales, 8), None)
+    held = [t.detach() for t in layer.get_tensor_args()]
     weight = (q.float() - 8) * scales.float().repeat_interleave(GROUP, 1)
-    error = _error("gemlite", run, x, weight, sets)
-    return run, N * K // 2 + 4 * scales.numel(), error
+    return weight, layer.get_meta_args(), [held, *([t.clone() for t in held] for _ in range(sets - 1))]
 
 
 def _on_cuda(package: str, device: str) -> bool:
@@ -92,13 +103,13 @@ def _x(M: int, K: int, device: str) -> torch.Tensor:
     return torch.randn(M, K, generator=torch.Generator().manual_seed(2)).half().to(device)
 
 
-def _e2m1_weight(N: int, K: int) -> torch.Tensor:
+def _e2m1_weight(N: int, K: int, device: str) -> torch.Tensor:
     """Float32 weights that four bits and half scales hold exactly, if a group's scale is its largest value over 6."""
-    rng = torch.Generator().manual_seed(1)
-    codes = torch.randint(0, 16, (N, K // GROUP, GROUP), generator=rng)
+    rng = torch.Generator(device).manual_seed(1)
+    codes = torch.randint(0, 16, (N, K // GROUP, GROUP), generator=rng, device=device)
     codes[:, :, 0] = 7
-    values = torch.tensor([*_E2M1, *(-v for v in _E2M1)])[codes]
-    scales = (0.002 + 0.02 * torch.rand(N, K // GROUP, 1, generator=rng)).half().float()
+    values = torch.tensor([*_E2M1, *(-v for v in _E2M1)], device=device)[codes]
+    scales = (0.002 + 0.02 * torch.rand(N, K // GROUP, 1, generator=rng, device=device)).half().float()
     return (values * scales).view(N, K)
 
 
