@@ -47,7 +47,7 @@ class Weights:
     def __init__(self, case: Case, device: str) -> None:
         hopper = device.startswith("cuda") and torch.cuda.get_device_capability(device) == (9, 0)
         self.packed, self.device = hopper and case.format in PACKED, device
-        self.sets = sets_needed(case.N * case.K * 3 // 8, device, most=8)
+        self.sets = sets_needed(case.N * case.K * 3 // 8, device, most=24)
         self.x, *parts = case.tensors(device)
         self.W = weights(case, device)[1].float()
         self.sparse, self.dense = self._copies(parts), self._copies(case.dense.tensors(device)[1:])
