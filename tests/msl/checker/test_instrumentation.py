@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 import torch
 
@@ -160,3 +162,16 @@ def test_the_environment_asks_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("METAL_MARLIN_CHECKED", "1")
     assert MetalKernelLibrary("kernel void k() {}", device="cpu").checked
     assert not MetalKernelLibrary("kernel void k() {}", device="cpu", checked=False).checked
+
+
+ALIGNED = """struct alignas(64) Wide { uint at[16]; }; struct alignas(256) Wider { uint at; };
+kernel void k(device uint* y, constant uint& n, constant Wide& a, constant Wider& b, constant Wide& c, constant Wider& d) {
+  y[0] = n + a.at[3] + b.at + c.at[15] + d.at;
+}"""
+
+
+def test_values_are_as_aligned_as_their_types() -> None:
+    y, wide, wider = torch.zeros(1, dtype=torch.int32), struct.pack("16I", *range(16)), struct.pack("I252x", 100)
+    for n in range(8):
+        assert findings(ALIGNED, {"y": y, "n": n, "a": wide, "b": wider, "c": wide, "d": wider}) == ()
+        assert y.item() == n + 3 + 15 + 200
