@@ -6,7 +6,7 @@ import copy
 import itertools
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -36,15 +36,40 @@ def _no_cuda() -> str | None:
     return device_cuda.probe()
 
 
+_Left = dict[str, tuple[int, str]]  # marker: how many tests are left out for it, and why
+_LEFT = pytest.StashKey[_Left]()
+
+
+@pytest.hookimpl(trylast=True)  # of those that -k and -m leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("run_slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow: needs --run-slow"))
-    gpu = [item for item in items if item.get_closest_marker("cuda")]
-    reason = _no_cuda() if gpu else None
-    for item in gpu if reason is not None else ():
-        item.add_marker(pytest.mark.skip(reason=f"no CUDA device: {reason}"))
+    """Leave out what this run cannot or should not do: thousands of tests, which are not worth setting up to be skipped.
+    A line at the end says how many."""
+    why = {} if config.getoption("run_slow") else {"slow": "they run with --run-slow"}
+    if any(item.get_closest_marker("cuda") for item in items) and (reason := _no_cuda()) is not None:
+        why["cuda"] = f"no CUDA device: {reason}"
+    first = [next((name for name in why if item.get_closest_marker(name)), None) for item in items]
+    config.stash[_LEFT] = {name: (first.count(name), why[name]) for name in why if name in first}
+    config.hook.pytest_deselected(items=[item for item, name in zip(items, first, strict=True) if name])
+    items[:] = [item for item, name in zip(items, first, strict=True) if name is None]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    left = session.config.stash.get(_LEFT, {})
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left"] = left
+    if left and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:  # nothing to do is no failure
+        session.exitstatus = pytest.ExitCode.OK
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every worker of xdist has collected, and left out, the same."""
+    node.config.stash[_LEFT] = getattr(node, "workeroutput", {}).get("left", {})
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for name, (count, why) in config.stash.get(_LEFT, {}).items():
+        terminalreporter.write_line(f"LEFT OUT [{count}] tests marked {name}: {why}")
 
 
 @pytest.fixture

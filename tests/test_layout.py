@@ -185,8 +185,34 @@ def test_imports_on_a_bare_machine() -> None:
     assert int(result.stdout) >= 10
 
 
+def contract() -> dict[str, list[str]]:
+    """Names of kernels by section of the contract ("1 GEMM")."""
+    found: dict[str, list[str]] = {}
+    section = ""
+    for line in (ROOT / "tests" / "contract_names.txt").read_text().splitlines():
+        if line.startswith("#"):
+            section = line.removeprefix("# ")
+        elif line:
+            found.setdefault(section, []).append(line)
+    return found
+
+
 def test_contract_names_are_unique() -> None:
-    lines = (ROOT / "tests" / "contract_names.txt").read_text().splitlines()
-    names = [line for line in lines if line and not line.startswith("#")]
+    names = [name for of in contract().values() for name in of]
     assert len(names) == len(set(names)) >= 228
     assert all(re.fullmatch(r"[a-z][a-z0-9_]*", name) for name in names)
+
+
+def test_every_gemm_of_the_contract_is_a_row_that_an_op_launches() -> None:
+    from metal_marlin.ops.inventory import inventory
+
+    rows = {row.name: row for row in inventory()}
+    names = contract()["1 GEMM"]
+    assert len(names) > 80
+    assert [name for name in names if name not in rows] == []
+    for name in names:
+        row = rows[name]
+        assert row.op, name
+        assert row.cases, name
+        assert row.bench, name
+        assert {"cpu", "cuda", "mps"} <= set(row.devices), name

@@ -6,7 +6,7 @@ Only what the text says is read here; element types and sizes come from the comp
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -80,9 +80,9 @@ class Program:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "kernels": [asdict(k) for k in self.kernels.values()],
+            "kernels": [{**vars(k), "params": [vars(p) for p in k.params]} for k in self.kernels.values()],
             "structs": self.structs,
-            "constants": [asdict(c) for c in self.constants],
+            "constants": [vars(c) for c in self.constants],
         }
 
     @staticmethod
@@ -117,6 +117,7 @@ class Reflection:
         self._constants: list[FunctionConstant] = []
         self._kernels: dict[str, Kernel] = {}
         self._rows: list[tuple[str, str, str, int]] = []  # host name, function, arguments, token
+        self._entries: dict[str, tuple[tuple[Param, ...], int | None]] = {}  # parameters and most threads of a function
         self._walk(0, len(source), "")
         self._instantiate()
         self.program = Program(self._kernels, flatten(self._structs), tuple(self._constants))
@@ -263,12 +264,13 @@ class Reflection:
         if host in self._kernels:
             other = self._kernels[host]
             raise MetalCompileError(f"{file}:{line}: kernel '{host}' was already defined at {other.file}:{other.line}")
-        limit = self._attributes(definition.first, definition.name).get("max_total_threads_per_threadgroup")
-        limit = limit or self._attributes(src.match[definition.lparen], definition.body).get(
-            "max_total_threads_per_threadgroup"
-        )
-        params = self._params(definition)
-        self._kernels[host] = Kernel(host, function + arguments, params, file, line, _integer(limit))
+        if function not in self._entries:  # rows of a template have what it says in common
+            said = self._attributes(src.match[definition.lparen], definition.body)
+            said |= self._attributes(definition.first, definition.name)
+            most = _integer(said.get("max_total_threads_per_threadgroup"))
+            self._entries[function] = self._params(definition), most
+        params, most = self._entries[function]
+        self._kernels[host] = Kernel(host, function + arguments, params, file, line, most)
 
     def _params(self, definition: Definition) -> tuple[Param, ...]:
         src = self.source
@@ -282,7 +284,8 @@ class Reflection:
     def _param(self, a: int, b: int) -> tuple[Param, int | None]:
         src = self.source
         attributes = self._attributes(a, b)
-        plain = [j for j in range(a, b) if not any(s <= j <= e for s, e in self._attribute_spans(a, b))]
+        spans = [(j, src.match[j]) for j in range(a, b) if src.is_attribute(j)]
+        plain = [j for j in range(a, b) if not any(s <= j <= e for s, e in spans)]
         stop = next((k for k, j in enumerate(plain) if src.at(j) == "="), len(plain))
         plain = plain[:stop]
         texts = [src.at(j) for j in plain]
@@ -313,9 +316,6 @@ class Reflection:
         role = "value" if "constant" in words and "*" not in words else "buffer"
         struct = next((w for w in pointee[: outer(pointee)] if w in self._structs), "")
         return Param(name, role, type_text, const, -1, "", condition, struct), slot
-
-    def _attribute_spans(self, a: int, b: int) -> list[tuple[int, int]]:
-        return [(j, self.source.match[j]) for j in range(a, b) if self.source.is_attribute(j)]
 
     def _function_constant(self, first: int, last: int) -> None:
         src = self.source
@@ -396,5 +396,5 @@ def _number(params: list[tuple[Param, int | None]], where: str) -> list[Param]:
             shared = param.role == "threadgroup"
             slot = next(k for k in range(len(params) + len(taken) + 1) if (shared, k) not in taken)
             taken[(shared, slot)] = param.name
-        out.append(Param(**{**asdict(param), "index": -1 if slot is None else slot}))
+        out.append(replace(param, index=-1 if slot is None else slot))
     return out

@@ -10,6 +10,7 @@ from torch import nn
 
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import CANONICAL, MMA16
+from metal_marlin.nn.buffers import keep_dtypes, other_dtype
 from metal_marlin.ops.linear import linear
 from metal_marlin.ops.packed import linear_packed
 from metal_marlin.quant.layouts import prepack, unpack
@@ -162,20 +163,13 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
         self._alone()
-        kept = {name: self._buffers[name] for name in NAMES.values()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in kept.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:  # a rounded scale is another weight
-                self._buffers[name] = old.to(new.device)
+        keep_dtypes(self, NAMES.values(), lambda: super(QuantLinear, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self._alone()
-        errors: list[str] = args[-1]
-        for name in NAMES.values():
-            mine, given = self._buffers[name], state_dict.get(prefix + name)
-            if mine is not None and given is not None and mine.dtype != given.dtype:  # copy_ would round silently
-                errors.append(f"{prefix}{name}: {given.dtype}; this {self.format} layer needs {mine.dtype}")
-                return
+        wrong = other_dtype(self, NAMES.values(), state_dict, prefix)
+        if wrong is not None:
+            args[-1].append(wrong)
+            return
         super()._load_from_state_dict(state_dict, prefix, *args)

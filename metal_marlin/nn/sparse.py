@@ -10,6 +10,7 @@ from torch import nn
 
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import CANONICAL, MMA16
+from metal_marlin.nn.buffers import keep_dtypes, other_dtype
 from metal_marlin.ops.linear_sparse import linear_sparse
 from metal_marlin.ops.packed_sparse import linear_packed_sparse
 from metal_marlin.quant.sparse import SparseTensor
@@ -34,6 +35,7 @@ class SparseLinear(nn.Module):
     """
 
     weight_scale: torch.Tensor
+    bias: torch.Tensor | None
 
     def __init__(self, weight: SparseTensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()
@@ -69,7 +71,7 @@ class SparseLinear(nn.Module):
     def prepack(self, layout: str = MMA16) -> SparseLinear:
         """Put the weight into a layout, in place: ``linear_packed_sparse`` multiplies then. A layer that is moved goes
         back to the canonical order. Raises ArgumentError for weights that cannot have it."""
-        self._hold(self.sparse().unpack() if layout == CANONICAL else self.sparse().prepack(layout))
+        self._hold(self.sparse().prepack(layout))
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -100,13 +102,8 @@ class SparseLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseLinear:
-        self._hold(self.sparse().unpack())
-        kept = {name: self._buffers[name] for name in _BUFFERS.values()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in kept.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:  # a rounded scale is another weight
-                self._buffers[name] = old.to(new.device)
+        self.prepack(CANONICAL)
+        keep_dtypes(self, _BUFFERS.values(), lambda: super(SparseLinear, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -116,6 +113,10 @@ class SparseLinear(nn.Module):
             if prefix + name in destination:
                 destination[prefix + name] = getattr(whole, field)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._hold(self.sparse().unpack())
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.prepack(CANONICAL)
+        wrong = other_dtype(self, _BUFFERS.values(), state_dict, prefix)
+        if wrong is not None:
+            args[-1].append(wrong)
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)

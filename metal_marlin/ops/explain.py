@@ -10,6 +10,7 @@ from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import CANONICAL, MMA16, codec, operands
 from metal_marlin.msl.target import Target
 from metal_marlin.ops import dequantize, linear, linear_decode, marlin_gemm, packed, tuned
+from metal_marlin.ops.gemm_tiles import MULTIPROCESSORS, multiprocessors
 from metal_marlin.ops.weights import KEYS
 
 _MEASURED = "measured on this device"
@@ -47,12 +48,19 @@ class _Product:
     hopper: bool
     here: bool
 
+    def _index(self) -> int:
+        return torch.cuda.current_device() if self.kind == "cuda" else 0
+
     def measured(self, op: str) -> str | None:
         """What a table of this machine names."""
         if not self.here:
             return None
         problem = tuned.Problem(self.format, self.zeros, self.dtype, self.scales, self.N, self.K)
-        return tuned.choice(problem, self.M, self.kind, torch.cuda.current_device() if self.kind == "cuda" else 0, op)
+        return tuned.choice(problem, self.M, self.kind, self._index(), op)
+
+    def multiprocessors(self) -> int:
+        """Of this machine's device; of others what tiles are made for."""
+        return multiprocessors(torch.device(self.kind, self._index())) if self.here else MULTIPROCESSORS
 
 
 def explain(
@@ -120,7 +128,7 @@ def _canonical(p: _Product) -> list[Step]:
 def _packed(p: _Product) -> list[Step]:
     p = replace(p, zeros="point") if p.zeros == "packed" else p  # in that order they are a number each
     kernel = p.measured("linear_packed")
-    plan = packed.plan(p.M, p.N, p.K, p.dtype, p.scales, p.format, p.zeros, kernel)
+    plan = packed.plan(p.M, p.N, p.K, p.dtype, p.scales, p.format, p.zeros, kernel, p.multiprocessors())
     if not operands.fits(codec(p.format), p.N, p.K):
         raise ArgumentError(f"plan: W is [{p.N}, {p.K}]; layout {MMA16} takes N % 16 = 0 and K % 64 = 0")
     why = _MEASURED if kernel else _WHY["linear_packed"]

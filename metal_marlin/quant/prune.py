@@ -38,7 +38,7 @@ def prune_n_m(
         return torch.where(kept, padded, 0)[:, :K]
     if hessian.shape != (K, K):
         raise ArgumentError(f"hessian: shape {tuple(hessian.shape)}; a weight with K = {K} needs {(K, K)}")
-    factor = _factor(torch.nn.functional.pad(hessian.double(), (0, padding, 0, padding)), damping)
+    factor = _factor(hessian.double(), damping, padding)
     return _corrected(padded.double(), factor, n, m)[:, :K].to(weight.dtype)
 
 
@@ -49,10 +49,12 @@ def largest(size: torch.Tensor, n: int, m: int) -> torch.Tensor:
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, places, True).flatten(-2)
 
 
-def _factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse; inputs that are never there count as if each was alone."""
-    diagonal = hessian.diagonal().clone()
-    hessian = hessian + torch.diag(torch.where(diagonal == 0, 1.0, 0.0) + damping * diagonal.mean())
+def _factor(hessian: torch.Tensor, damping: float, padding: int) -> torch.Tensor:
+    """The upper Cholesky factor of the inverse; inputs that are never there, and those of ``padding`` more columns,
+    count as if each was alone."""
+    more = damping * hessian.diagonal().mean()
+    hessian = torch.nn.functional.pad(hessian, (0, padding, 0, padding))
+    hessian = hessian + torch.diag(torch.where(hessian.diagonal() == 0, 1.0, 0.0) + more)
     try:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
         return torch.linalg.cholesky(inverse, upper=True)

@@ -34,16 +34,28 @@ class SparseTensor:
     powers: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        of, (N, K) = pattern(self.pattern), self.shape
-        padded = K + -K % of.unit
-        wanted = (N, of.stored(padded) // 8), (N, of.words(padded))
-        if (tuple(self.codes.shape), tuple(self.places.shape)) != wanted:
-            raise ArgumentError(
-                f"codes {tuple(self.codes.shape)}, places {tuple(self.places.shape)}; {self.pattern} of {self.shape} "
-                f"needs {wanted[0]} and {wanted[1]}"
-            )
+        of, N, padded = pattern(self.pattern), self.shape[0], self.padded
+        if self.format not in sparse.FORMATS:
+            raise ArgumentError(f"format = {self.format!r}; sparse weights have {', '.join(sparse.FORMATS)}")
+        for name, tensor, words in (
+            ("codes", self.codes, of.stored(padded) // 8),
+            ("places", self.places, of.words(padded)),
+        ):
+            if tensor.dtype != torch.int32 or tensor.shape != (N, words):
+                raise ArgumentError(
+                    f"{name}: {tensor.dtype} {tuple(tensor.shape)}; {self.pattern} of {self.shape} needs "
+                    f"torch.int32 {(N, words)}"
+                )
         form = codec(self.format)
+        form.check(padded, self.group_size)
+        form.check_zeros(self.zeros)
         form.check_tensors(N, form.groups_of(padded, self.group_size), self.scales, self.extra, self.zeros)
+        if self.layout not in (CANONICAL, MMA16) or (self.powers is None) != (self.layout == CANONICAL):
+            given = "no powers" if self.powers is None else "powers"
+            raise ArgumentError(f"layout = {self.layout!r} with {given}; it is {CANONICAL!r}, or {MMA16!r} with powers")
+        devices = sorted({str(t.device) for t in self._present().values()})
+        if len(devices) > 1:
+            raise ArgumentError(f"codes, places, scales and extra are on {', '.join(devices)}; they need one device")
 
     @property
     def padded(self) -> int:
@@ -92,9 +104,12 @@ class SparseTensor:
         return layout == MMA16 and self.pattern == "2:4" and plain and N > 0 and N % 16 == 0 and K % 64 == 0
 
     def prepack(self, layout: str = MMA16) -> SparseTensor:
-        """The tensor in operand order, as ``linear_packed_sparse`` takes it. Raises ArgumentError where it has none."""
+        """The tensor in operand order, as ``linear_packed_sparse`` takes it, or in canonical order. Raises
+        ArgumentError where it has none."""
         if layout == self.layout:
             return self
+        if layout == CANONICAL:
+            return self.unpack()
         if not self.fits(layout):
             raise ArgumentError(
                 f"layout = {layout!r}; {MMA16!r} takes 2:4 without zeros in groups of 32 or more, N % 16 = 0 and "
@@ -128,13 +143,13 @@ def quantize_sparse(
     of = sparse.pattern(pattern)
     if format not in sparse.FORMATS:
         raise ArgumentError(f"format = {format!r}; sparse weights have {', '.join(sparse.FORMATS)}")
-    if weight.ndim != 2:
-        raise ArgumentError(f"weight: shape {tuple(weight.shape)}; quantize_sparse takes [N, K]")
+    if weight.ndim != 2 or weight.shape[1] == 0:
+        raise ArgumentError(f"weight: shape {tuple(weight.shape)}; quantize_sparse takes [N, K] with K > 0")
     N, K = weight.shape
     kept = torch.nn.functional.pad(weight != 0, (0, -K % of.unit))
     count = kept.unflatten(1, (-1, of.of)).sum(-1)
-    if int(count.max()) > of.kept:
-        row, group = (count > of.kept).nonzero()[0].tolist()
+    if (many := (count > of.kept).nonzero()).shape[0]:
+        row, group = many[0].tolist()
         raise ArgumentError(
             f"weight: row {row} has {int(count[row, group])} weights that are not 0 in columns {group * of.of} to "
             f"{group * of.of + of.of - 1}; {of} keeps {of.kept}: prune_n_m makes it so"

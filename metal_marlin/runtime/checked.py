@@ -204,7 +204,7 @@ class _Launch:
         if isinstance(value, torch.Tensor):
             return value.data_ptr(), value.nbytes
         if isinstance(value, bytes):
-            return device_cpu.aligned(value, self.keep), len(value)
+            return device_cpu.aligned(value, self.keep, param.type.align), len(value)
         return 0, 0
 
     def _copy(self, i: int, buffer: _Buffer) -> None:

@@ -136,6 +136,7 @@ class Executable:
         self._bytes = self._library.mm_workspace_bytes
         self._bytes.argtypes, self._bytes.restype = [ctypes.c_void_p], ctypes.c_uint64
         self._frame = _Frame(len(row.meta.params) + len(row.meta.dynamic))
+        self._alignment = max((p.type.align for p in row.meta.params), default=1)
 
     def launch(
         self,
@@ -160,7 +161,7 @@ class Executable:
         found = frame.values.get(value)
         if found is None:
             keep: list[object] = []
-            found = aligned(value, keep), keep
+            found = aligned(value, keep, self._alignment), keep
             if len(frame.values) >= _BLOCKS_KEPT:  # this launch may use some of them already
                 frame.older, frame.values = frame.values, {}
             frame.values[value] = found
@@ -232,10 +233,12 @@ def raise_status(name: str, status: int) -> None:
         )
 
 
-def aligned(value: bytes, keep: list[object]) -> int:
-    """Address of a 16-byte aligned copy of `value`, alive as long as `keep`."""
-    buffer = ctypes.create_string_buffer(len(value) + 16)
+def aligned(value: bytes, keep: list[object], alignment: int) -> int:
+    """Address of a copy of `value` at a multiple of `alignment` bytes (a power of two; at least 16), alive as long as
+    `keep`."""
+    alignment = max(alignment, 16)
+    buffer = ctypes.create_string_buffer(len(value) + alignment)
     keep.append(buffer)
-    address = (ctypes.addressof(buffer) + 15) & ~15
+    address = (ctypes.addressof(buffer) + alignment - 1) & -alignment
     ctypes.memmove(address, value, len(value))
     return address

@@ -265,7 +265,8 @@ class Binding:
             return b"\0" * max(param.type.size, 1) if param.kind == "value" else 0
         if param.const and isinstance(value, (list, tuple)):
             data = b"".join(pack_type(param.type, v, param.name) for v in value)
-            tensor = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8).to(self.device)
+            # a copy on the cpu too: torch's own memory starts at a multiple of 64 bytes
+            tensor = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8).to(self.device, copy=True)
             keep.append(tensor)
             return tensor if self.tensors else tensor.data_ptr()  # type: ignore[return-value]
         raise ArgumentError(

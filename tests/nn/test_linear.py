@@ -80,3 +80,30 @@ def test_gradient_of_x() -> None:
     expected = quant.quantized().dequantize(torch.float64).sum(0).expand(3, 96)
     assert x.grad is not None
     torch.testing.assert_close(x.grad.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("K", [96, 83])
+def test_compiles_as_one_graph_and_takes_no_tokens(K: int, device: str) -> None:
+    quant = make(K)[1].to(device)
+    whole = torch.compile(lambda x: quant(x * 2) + quant(x), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for shape in ((1, K), (2, 3, K), (40, K)):
+            x = torch.randn(shape, device=device)
+            assert torch.equal(whole(x), quant(x * 2) + quant(x))
+    for shape in ((0, K), (2, 0, K)):
+        assert quant(torch.empty(shape, device=device)).shape == (*shape[:-1], 24)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("M", [1, 5, 40])
+def test_in_a_cuda_graph(M: int) -> None:
+    quant, x = make()[1].to("cuda"), torch.randn(M, 96, device="cuda").half()
+    quant.half()
+    y = quant(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = quant(x)
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, y)

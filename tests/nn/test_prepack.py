@@ -60,6 +60,37 @@ def test_a_layer(format: str, zeros: str | None, device: str) -> None:
     assert torch.equal(layer.half()(x), plain)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("format", ["fp4", "int3"])
+def test_a_layer_takes_views_and_no_tokens(format: str, device: str) -> None:
+    layer, x = make(format=format, bias=True).to(device).prepack(), torch.cat([X, X[:3]]).to(device)
+    y = layer(x)
+    with torch.no_grad():
+        whole = torch.compile(lambda x: layer(x) + 1, fullgraph=True, backend="aot_eager")
+        assert torch.equal(whole(x.view(2, 4, 128)), (y + 1).view(2, 4, 48))
+    assert torch.equal(layer(x.T.contiguous().T), y)
+    close(layer(x[::3]), y[::3])  # fewer tokens: another tile
+    shifted = torch.empty(8 * 128 + 1, dtype=x.dtype, device=device)[1:].view(8, 128).copy_(x)
+    assert torch.equal(layer(shifted), y)
+    assert layer(x[:0]).shape == (0, 48)
+    assert layer(x.view(2, 4, 128)[:, :0]).shape == (2, 0, 48)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("format", ["fp4", "mxfp4", "int3"])
+def test_a_layer_in_a_cuda_graph(format: str) -> None:
+    torch.manual_seed(0)
+    group = 32 if format == "mxfp4" else 64
+    layer, x = QuantLinear.from_linear(nn.Linear(128, 48).half(), format, group).to("cuda").prepack(), X.cuda()
+    y = layer(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer(x)
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, y)
+
+
 def test_a_layer_that_cannot() -> None:
     for layer in (make(40), make(K=96), make(K=96, format="int3")):
         with pytest.raises(ArgumentError, match="N a multiple of 16"):

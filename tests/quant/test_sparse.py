@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats.sparse import FORMATS, PATTERNS, pattern
 from metal_marlin.nn.sparse import SparseLinear
-from metal_marlin.quant import SparseTensor, prune_2_4, prune_n_m, quantize, quantize_sparse
+from metal_marlin.quant import prune_2_4, prune_n_m, quantize, quantize_sparse
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
@@ -72,6 +74,16 @@ def test_inputs_that_are_never_there() -> None:
     assert (pruned[:, 5] == 0).float().mean() > 0.4
 
 
+def test_damping_is_of_the_columns_that_there_are() -> None:
+    """And not of those that fill the last group."""
+    weight, x = random(8, 66), inputs(66)
+    hessian = torch.block_diag(x.T @ x, torch.eye(2) * 1e9)[:68, :68]
+    mean = float((x.T @ x).diagonal().mean())
+    share = 0.1 * mean / float(hessian.diagonal().mean())
+    wider = prune_2_4(torch.nn.functional.pad(weight, (0, 2)), hessian, share)
+    torch.testing.assert_close(prune_2_4(weight, x.T @ x, 0.1), wider[:, :66])
+
+
 def test_bad_pruning() -> None:
     weight = random(4, 16)
     with pytest.raises(ArgumentError, match="n = 4, m = 4"):
@@ -128,11 +140,34 @@ def test_bad_sparse_weights() -> None:
         quantize_sparse(pruned, format="int8")
     with pytest.raises(ArgumentError, match="3:4"):
         quantize_sparse(pruned, "3:4")
-    good = quantize_sparse(pruned)
-    with pytest.raises(ArgumentError, match="places"):
-        SparseTensor(good.codes, good.places[:, :1], good.scales, None, "fp4", 64, "none", "2:4", (4, 64))
+    with pytest.raises(ArgumentError, match=r"\(4, 0\); quantize_sparse takes \[N, K\] with K > 0"):
+        quantize_sparse(pruned[:, :0])
     with pytest.raises(ArgumentError, match="N % 16"):
-        good.prepack()
+        quantize_sparse(pruned).prepack()
+    assert quantize_sparse(pruned[:0]).shape == (0, 64)
+
+
+GOOD = quantize_sparse(prune_2_4(random(4, 64)), group_size=32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"places": GOOD.places[:, :1]}, r"places: torch.int32 \(4, 1\); 2:4 of \(4, 64\) needs torch.int32 \(4, 2\)"),
+        ({"places": GOOD.places.float()}, "places: torch.float32"),
+        ({"codes": GOOD.codes.long()}, r"codes: torch.int64 \(4, 4\); .* needs torch.int32 \(4, 4\)"),
+        ({"format": "int8"}, "format = 'int8'; sparse weights have fp4, mxfp4, nvfp4, int4"),
+        ({"group_size": 48}, "group_size = 48; fp4 takes"),
+        ({"zeros": "packed"}, "zeros = 'packed'; fp4 takes 'none'"),
+        ({"pattern": "3:4"}, "pattern = '3:4'"),
+        ({"layout": "mma8"}, "layout = 'mma8' with no powers"),
+        ({"layout": "mma16"}, "layout = 'mma16' with no powers"),
+        ({"scales": GOOD.scales.to("meta")}, "are on cpu, meta; they need one device"),
+    ],
+)
+def test_tensors_that_do_not_belong_together(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        replace(GOOD, **change)
 
 
 def test_operand_order_is_undone() -> None:
@@ -144,6 +179,7 @@ def test_operand_order_is_undone() -> None:
     for name in ("codes", "places", "scales"):
         assert torch.equal(getattr(back, name), getattr(good, name)), name
     assert torch.equal(packed.dequantize(), good.dequantize())
+    assert torch.equal(packed.prepack("canonical").codes, good.codes)
 
 
 def layer(of: str = "2:4", K: int = 192, bias: bool = True, dtype: torch.dtype = torch.float16) -> SparseLinear:
@@ -182,3 +218,40 @@ def test_layer_in_operand_order(device: str) -> None:
     assert made.to(torch.bfloat16).layout == "canonical"
     assert made.weight_scale.dtype == torch.float16
     assert "pattern='2:4'" in repr(made)
+    for dtype in (torch.bfloat16, torch.float32):  # loading would round
+        with pytest.raises(RuntimeError, match=f"weight_scale: torch.float16; this fp4 layer needs {dtype}"):
+            layer(dtype=dtype).to(device).load_state_dict(state)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("order", ["canonical", "mma16"])
+def test_layer_compiles_takes_views_and_no_tokens(order: str, device: str) -> None:
+    made = layer().to(device).prepack(order)
+    x = random(12, 192, 2).half().to(device)
+    y = made(x)
+    whole = torch.compile(lambda x: made(x) + 1, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(whole(x.view(3, 4, 192)), (y + 1).view(3, 4, 48))
+    assert torch.equal(made(x.T.contiguous().T), y)
+    torch.testing.assert_close(made(x[::3]), y[::3], rtol=2e-3, atol=2e-3)  # fewer tokens: another tile
+    shifted = torch.empty(12 * 192 + 1, dtype=x.dtype, device=device)[1:].view(12, 192).copy_(x)
+    assert torch.equal(made(shifted), y)
+    assert made(x[:0]).shape == (0, 48)
+    assert made(x.view(3, 4, 192)[:, :0]).shape == (3, 0, 48)
+    x.requires_grad_()
+    made(x).sum().backward()
+    exact = made.sparse().to("cpu").dequantize(torch.float64).sum(0)
+    assert (x.grad.cpu().double() - exact).norm() <= 2e-3 * exact.norm() * 12**0.5  # type: ignore[union-attr]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("order", ["canonical", "mma16"])
+def test_layer_in_a_cuda_graph(order: str) -> None:
+    made, x = layer().to("cuda").prepack(order), random(5, 192, 2).half().cuda()
+    y = made(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = made(x)
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, y)

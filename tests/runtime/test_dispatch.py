@@ -332,6 +332,19 @@ def test_alignment(library: MetalKernelLibrary, device: str) -> None:
         run(library, "vectors", [x[1:], y], 4, 4)
 
 
+def test_values_are_as_aligned_as_their_types(compiler: object) -> None:
+    """On the CPU, where the kernel reads the host's copies: vector instructions may rely on it."""
+    source = "#include <metal_stdlib>\nstruct alignas(256) Wide { uint at; };\n"
+    source += "kernel void k(device uint* y, constant Wide& a, constant uint& n) { y[0] = a.at + n; }"
+    library, y = MetalKernelLibrary(source, device="cpu"), torch.zeros(1, dtype=torch.int32)
+    for n in range(20):
+        run(library, "k", [y, struct.pack("I252x", n), n], 1, 1)
+        assert y.item() == 2 * n
+    addresses = [address for address, _ in library.load("k")[1]._frame.values.values()]
+    assert len(addresses) == 40
+    assert not any(address % 256 for address in addresses)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 import torch
 
@@ -28,31 +30,31 @@ def findings(source: str, args: dict[str, object], **launch: object) -> tuple[Fi
     return ()
 
 
-@pytest.mark.parametrize("space", ["device", "threadgroup"])
-@pytest.mark.parametrize("access", ["read", "write"])
+WIDTHS = """kernel void k(device {0}* a, device {0}* b, constant uint4& at) {{
+  a[at.x] = b[at.y];
+  threadgroup {0} t[4];
+  for (uint i = 0; i < 4; ++i) t[i] = b[i];
+  threadgroup {0}* p = t;
+  p[at.z] = p[at.w];
+  a[1] = t[1];
+}}"""
+ACCESSES = [("a", "write", 6), ("b", "read", 6), ("threadgroup t", "write", 10), ("threadgroup t", "read", 10)]
+
+
+@pytest.mark.parametrize(("which", "access"), list(enumerate(ACCESSES)), ids=lambda v: v[1] if type(v) is tuple else v)
 @pytest.mark.parametrize("type_", TYPES)
-def test_every_width(type_: str, access: str, space: str) -> None:
+def test_every_width(type_: str, which: int, access: tuple[str, str, int]) -> None:
     """An access of the element behind the last one is seen, at its address and with a line; the last one is fine."""
-    size = TYPES[type_]
-    if space == "device":
-        source = f"kernel void k(device {type_}* a [[buffer(0)]], device {type_}* b [[buffer(1)]], constant uint& n [[buffer(2)]]) {{\n"
-        source += "  a[n] = b[0];\n}" if access == "write" else "  a[0] = b[n];\n}"
-        name = "a" if access == "write" else "b"
-    else:
-        source = f"kernel void k(device {type_}* a [[buffer(0)]], device {type_}* b [[buffer(1)]], constant uint& n [[buffer(2)]]) {{\n"
-        source += (
-            f"  threadgroup {type_} t[4];\n  for (uint i = 0; i < 4; ++i) t[i] = b[i];\n  threadgroup {type_}* p = t;\n"
-        )
-        source += "  p[n] = b[0];\n  a[0] = t[1];\n}" if access == "write" else "  a[0] = p[n];\n}"
-        name = "threadgroup t"
+    size, source, (where, verb, line) = TYPES[type_], WIDTHS.format(type_), access
     buffers = {"a": torch.zeros(4 * size, dtype=torch.uint8), "b": torch.zeros(4 * size, dtype=torch.uint8)}
     as_type = {k: v.view(torch.bool) if type_ == "bool" else v for k, v in buffers.items()}
     typed = {k: viewed(v, type_) for k, v in as_type.items()}
-    assert findings(source, {**typed, "n": 3}) == ()
-    found = findings(source, {**typed, "n": 4})
+    assert findings(source, {**typed, "at": [3, 3, 3, 3]}) == ()
+    found = findings(source, {**typed, "at": [4 if i == which else 3 for i in range(4)]})
     assert {f.kind for f in found} == {"out-of-bounds"}
-    assert found[0].where.startswith(name)
-    assert found[0].line == (6 if space == "device" else 9)
+    assert found[0].message.startswith(f"{verb} of ")
+    assert found[0].where.startswith(where)
+    assert found[0].line == line
 
 
 def viewed(data: torch.Tensor, type_: str) -> torch.Tensor:
@@ -160,3 +162,16 @@ def test_the_environment_asks_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("METAL_MARLIN_CHECKED", "1")
     assert MetalKernelLibrary("kernel void k() {}", device="cpu").checked
     assert not MetalKernelLibrary("kernel void k() {}", device="cpu", checked=False).checked
+
+
+ALIGNED = """struct alignas(64) Wide { uint at[16]; }; struct alignas(256) Wider { uint at; };
+kernel void k(device uint* y, constant uint& n, constant Wide& a, constant Wider& b, constant Wide& c, constant Wider& d) {
+  y[0] = n + a.at[3] + b.at + c.at[15] + d.at;
+}"""
+
+
+def test_values_are_as_aligned_as_their_types() -> None:
+    y, wide, wider = torch.zeros(1, dtype=torch.int32), struct.pack("16I", *range(16)), struct.pack("I252x", 100)
+    for n in range(8):
+        assert findings(ALIGNED, {"y": y, "n": n, "a": wide, "b": wider, "c": wide, "d": wider}) == ()
+        assert y.item() == n + 3 + 15 + 200
