@@ -14,6 +14,7 @@ from metal_marlin.ops import product, tuned
 from metal_marlin.ops.dequantize import dequantize
 from metal_marlin.ops.gemm_tiles import MULTIPROCESSORS, Tile, multiprocessors
 from metal_marlin.ops.linear_decode_cases import Case
+from metal_marlin.ops.marlin_gemm import is_hopper
 from metal_marlin.ops.packed_tiles import TILES
 from metal_marlin.ops.selfcheck import product_check
 from metal_marlin.ops.spec import Check, OpSpec
@@ -167,6 +168,21 @@ def _check(
     return M, N, K
 
 
+def copies(device: torch.device) -> bool:
+    """Whether a device has the tensor copy unit, which reads what descriptors say."""
+    return device.type == "cuda" and is_hopper(device.index or 0)
+
+
+def addresses(op: str, **tensors: torch.Tensor | None) -> tuple[int, ...]:
+    """Where tensors are, 0 for None. Raises ArgumentError for one that the tensor copy unit cannot read there."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.data_ptr() % 16:
+            raise ArgumentError(
+                f"{op}: {name} starts {tensor.data_ptr() % 16} bytes after a multiple of 16; it has to be at one"
+            )
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors.values())
+
+
 def by_group(rows: torch.Tensor) -> torch.Tensor:
     """[groups, N], contiguous; a view of what ``prepack`` made."""
     return rows.T if rows.T.is_contiguous() else rows.T.contiguous()
@@ -223,11 +239,10 @@ def _run(
         return
     scales, extra = by_group(scales), extra if extra is None or zeros == "none" else by_group(extra)
     maps, tile = 4 * NONE, TILES[p.tile]
-    if x.is_cuda:
-        if x.data_ptr() % 16:
-            x = x.clone()
-        more = extra.data_ptr() if extra is not None and zeros != "none" else 0
-        tensors = (x.data_ptr(), codes.data_ptr(), scales.data_ptr(), more)
+    if copies(x.device):
+        x = x.clone() if x.data_ptr() % 16 else x
+        affine = extra if zeros != "none" else None
+        tensors = addresses("linear_packed", x=x, codes=codes, scales=scales, extra=affine)
         maps = maps_of(tile, TILES.depths[p.tile], codec(format).bits, scales.itemsize, M, N, K, group_size, *tensors)
     shape = {"M": M, "N": N, "K": K, "group": group_size, "rows": tile.rows, "tokens": tile.tokens, "aligned": 1}
     dispatch_kernel(

@@ -11,7 +11,7 @@ from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec, operands, sparse
 from metal_marlin.ops.gemm_tiles import MULTIPROCESSORS, multiprocessors
 from metal_marlin.ops.linear_sparse import Case, check, weights
-from metal_marlin.ops.packed import Plan, by_group, has_rows, maps_of
+from metal_marlin.ops.packed import Plan, addresses, by_group, copies, has_rows, maps_of
 from metal_marlin.ops.packed_tiles import SPARSE
 from metal_marlin.ops.selfcheck import rounded_check
 from metal_marlin.ops.spec import Check, OpSpec
@@ -128,14 +128,14 @@ def _run(
     if out.numel() == 0:
         return out
     scales, maps, tile = by_group(scales), 5 * NONE, SPARSE[p.tile]
-    if x.is_cuda:
+    if copies(x.device):
         x = x.clone() if x.data_ptr() % 16 else x
-        tensors = (x.data_ptr(), codes.data_ptr(), scales.data_ptr(), 0)
+        *tensors, at = addresses("linear_packed_sparse", x=x, codes=codes, scales=scales, extra=None, places=places)
         depth = SPARSE.depths[p.tile]
         maps = maps_of(
             tile, depth, codec(format).bits * _OF.kept // _OF.of, scales.itemsize, M, N, K, group_size, *tensors
         )
-        maps += strip_map(places.data_ptr(), N // 16, K // 64, 128, tile.rows // 16, depth // 64)
+        maps += strip_map(at, N // 16, K // 64, 128, tile.rows // 16, depth // 64)
     shape = {"M": M, "N": N, "K": K, "group": group_size, "rows": tile.rows, "tokens": tile.tokens, "aligned": 1}
     dispatch_kernel(
         library(FAMILY, str(x.device)),

@@ -122,6 +122,13 @@ def test_bad_arguments(device: str) -> None:
     assert linear_packed(x[:0], *args).shape == (0, 32)
 
 
+def test_addresses() -> None:
+    aligned = torch.zeros(8, dtype=torch.int32)
+    assert packed_module.addresses("op", codes=aligned, extra=None) == (aligned.data_ptr(), 0)
+    with pytest.raises(ArgumentError, match="codes starts 4 bytes after a multiple of 16"):
+        packed_module.addresses("op", x=aligned, codes=aligned[1:])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("format", ["fp4", "int2", "int3", "nf3"])
 def test_gradient(format: str, device: str) -> None:
