@@ -292,9 +292,9 @@ def _portable(ptx: str, arch: str) -> str:
 
 
 def _bound_threads(ptx: str, limit: int | None) -> str:
-    """State the entry's `max_total_threads_per_threadgroup`, which clang drops outside CUDA, and the threadgroups along z
-    of a cluster and those that a multiprocessor should hold, which comments of the kernel's say
-    (src/core/nvidia/cluster.h)."""
+    """State the entry's `max_total_threads_per_threadgroup`, which clang drops outside CUDA, and what comments of the
+    kernel's say (src/core/nvidia/cluster.h): the threadgroups along z of a cluster, and how many threadgroups a
+    multiprocessor should hold."""
     cluster = re.search(r"^\s*// threadgroups of a cluster: (\d+)$", ptx, flags=re.M)
     held = re.search(r"^\s*// threadgroups of a multiprocessor: (\d+)$", ptx, flags=re.M)
     bounds = f"\n.maxntid {limit}, 1, 1" if limit is not None else ""
