@@ -63,7 +63,7 @@ def plan(
         rows = each if device == "cpu" else 4 * each
         return Plan(row, (-(-N // rows), down), rows // each * (1 if device == "cpu" else 32), rows, _lanes(device))
     if device == "cpu":  # 8 threadgroups a thread even out; each brings x into order once, so not too few rows
-        rows = max(4, min(256, -(-N // (8 * pool)) + 3 & ~3))
+        rows = max(4, min(256 if M == 1 else 512, -(-N * down // (8 * pool)) + 3 & ~3))
         return Plan(row, (-(-N // rows), down), 1, rows, lanes=1)
     if device == "cuda" and dtype != torch.float32:  # enough simdgroups to hide reads, each with a turn of 64 bytes
         most = 256 if N > 6144 else 384 if base.endswith("_batched") else 512
