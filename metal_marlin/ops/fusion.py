@@ -60,7 +60,8 @@ def grid(
     pool = torch.get_num_threads() if kind == "cpu" else 1
     aligned = aligned and K % 32 == 0 and on_16_bytes(x, codes)
     if few:
-        d = linear_decode.plan(M, N, K, x.dtype, x.dtype, kind, pool, None, format, zeros)
+        kernel = f"decode_gemv_{format}{'' if M == 1 else '_batched'}"  # as many tokens a threadgroup
+        d = linear_decode.plan(M, N, K, x.dtype, x.dtype, kind, pool, kernel, format, zeros)
         return Grid(d.threadgroups, d.threads, d.lanes, d.rows, struct.pack("=6q", M, N, K, group, d.rows, aligned))
     p = gemm_plan(M, N, K, x.dtype, x.dtype, kind, format, zeros, pool, _GRIDS[format])
     return Grid(

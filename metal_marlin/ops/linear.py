@@ -31,9 +31,12 @@ linear_ref = product_ref
 
 
 def _again(M: int, dtype: torch.dtype, format: str) -> bool:
-    """Whether a cpu should read W again for every 8 tokens (measured, four bits: twice, if the second time is for some
-    of them; more often where an instruction multiplies bfloats, which the GEMM does not use)."""
-    return codec(format).bits == 4 and (M <= 32 if dtype == torch.bfloat16 else 12 <= M <= 16)
+    """Whether a cpu should read W again for every 8 tokens (measured, four and eight bits: where the last 8 are enough
+    of them; always where an instruction multiplies bfloats, which the GEMM does not use)."""
+    bits = codec(format).bits
+    if bits == 4 and dtype == torch.bfloat16:
+        return M <= 48
+    return bits in (4, 8) and (12 <= M <= 16 or 20 <= M <= 32)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -55,7 +55,7 @@ def plan(
     ``kernel`` asks for a variant: "decode_gemv_<format>", the same with "_batched", and for fp4 "_simd", "_wide",
     "_tiled" with scales like x. Raises ArgumentError for dtypes and variants that have no row.
     """
-    base = kernel or f"decode_gemv_{format}{'' if M == 1 else '_batched'}"
+    base = kernel or kernel_for(M, device, format)
     row = _row(base, dtype, scale_dtype, format, zeros)
     down = -(-M // (_BATCH if base.endswith("_batched") else 1))
     if base in _PLAIN:
@@ -63,13 +63,19 @@ def plan(
         rows = each if device == "cpu" else 4 * each
         return Plan(row, (-(-N // rows), down), rows // each * (1 if device == "cpu" else 32), rows, _lanes(device))
     if device == "cpu":  # 8 threadgroups a thread even out; each brings x into order once, so not too few rows
-        rows = max(4, min(256, -(-N // (8 * pool)) + 3 & ~3))
+        rows = max(4, min(512 if base.endswith("_batched") else 256, -(-N * down // (8 * pool)) + 3 & ~3))
         return Plan(row, (-(-N // rows), down), 1, rows, lanes=1)
     if device == "cuda" and dtype != torch.float32:  # enough simdgroups to hide reads, each with a turn of 64 bytes
         most = 256 if N > 6144 else 384 if base.endswith("_batched") else 512
         threads = min(most, 32 * -(-K // (16 * codec(format).per_word)))
         return Plan(row, (-(-N // 16), down), threads, 16, lanes=32)
     return Plan(row, (-(-N // 16), down), 128, 16, lanes=32)
+
+
+def kernel_for(M: int, device: str, format: str) -> str:
+    """The kernel for M tokens. A cpu's batched rows multiply for 8, however many there are: two take less time one
+    after the other."""
+    return f"decode_gemv_{format}{'_batched' if (2 if device == 'cpu' else 1) < M else ''}"
 
 
 def _lanes(device: str) -> int:

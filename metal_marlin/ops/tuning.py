@@ -19,6 +19,7 @@ from metal_marlin._version import __version__
 from metal_marlin.errors import CompilerNotFound, MetalMarlinError
 from metal_marlin.formats import CANONICAL, codec, operands
 from metal_marlin.ops import linear as _linear
+from metal_marlin.ops import linear_decode as _decode
 from metal_marlin.ops import marlin_gemm as _gemm
 from metal_marlin.ops import packed as _packed
 from metal_marlin.ops import packed_tiles, tuned
@@ -65,7 +66,7 @@ def candidates(problem: Problem, M: int, kind: str, hopper: bool) -> list[str]:
         aligned = p.K % 32 == 0
         plan = functools.partial(_gemm.plan, hopper=hopper, aligned=aligned)
         tile = plan(M, p.N, p.K, p.dtype, p.scale_dtype, kind, p.format, p.zeros).tile
-    decode = f"decode_gemv_{p.format}{'' if M == 1 else '_batched'}"
+    decode = _decode.kernel_for(M, kind, p.format)
     first = {"linear_decode": decode, "marlin_gemm": f"{name}__m{tile}" if tile else name}.get(planned, LIBRARY)
     found = [first, name, *([decode] if M <= _FEW else [])]
     if kind != "cpu":  # where they are the same code

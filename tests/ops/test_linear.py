@@ -86,10 +86,10 @@ def test_plan() -> None:
         options = {"device": device, "dtype": torch.float32}
         assert op_for(0, **options) == op_for(1, **options) == op_for(few, **options) == "linear_decode"
         assert op_for(few + 1, **options) == op_for(4096, **options) == "marlin_gemm"
-    assert [M for M in range(9, 40) if op_for(M, device="cpu") == "linear_decode"] == [12, 13, 14, 15, 16]
+    assert [M for M in range(9, 40) if op_for(M, device="cpu") == "linear_decode"] == [*range(12, 17), *range(20, 33)]
     bfloats = {"device": "cpu", "dtype": torch.bfloat16, "scale_dtype": torch.bfloat16}
-    assert op_for(32, **bfloats) == "linear_decode"
-    assert op_for(33, **bfloats) == op_for(17, format="int8", **bfloats) == "marlin_gemm"
+    assert op_for(48, **bfloats) == "linear_decode"
+    assert op_for(49, **bfloats) == op_for(17, format="int8", **bfloats) == "marlin_gemm"
     assert op_for(1, device="cpu", kernel="marlin_gemm_fp4") == "marlin_gemm"
     assert op_for(999, device="cpu", kernel="decode_gemv_fp4_batched") == "linear_decode"
 

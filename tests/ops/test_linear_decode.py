@@ -226,13 +226,19 @@ def test_compiles_for_other_targets(target: str) -> None:
         assert library.compile(name).binary
 
 
+def test_two_tokens_on_a_cpu() -> None:
+    for device, wanted in {"cpu": "decode_gemv_fp4", "cuda": "decode_gemv_fp4_batched"}.items():
+        p = plan(2, 64, 128, torch.float16, torch.float16, device)
+        assert (p.kernel, p.threadgroups[1]) == (wanted, 2 if device == "cpu" else 1)
+
+
 def test_plans_name_every_row() -> None:
     names = set()
     for name, zeros in FORMATS:
         bytes_ = name in ("mxfp4", "nvfp4")
         for t in DTYPES:
             for s in [torch.uint8] if bytes_ else DTYPES:
-                for M in (1, 2):
+                for M in (1, 3):
                     names.add(plan(M, 1, 32, t, s, "cpu", 1, None, name, zeros).kernel)
     for variant in ("simd", "wide", "tiled"):
         names |= {plan(1, 1, 8, t, t, "cpu", 1, f"decode_gemv_fp4_{variant}").kernel for t in DTYPES}

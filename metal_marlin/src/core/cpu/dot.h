@@ -45,14 +45,14 @@ template <typename Dot, uint kRows, uint kTokens> struct WideWords {
         Dot::multiply(table, q, x, stride, part);
 #pragma unroll
         for (uint r = 0; r < kRows; ++r) {
-            const Wide scale = wide_lookup8(wide_load<HalfWide>(step.scales[r]), s.which);
+            const Wide scale = kTokens == 1 && s.one
+                                   ? (Wide)step.scales[r][0]
+                                   : wide_lookup8(wide_load<HalfWide>(step.scales[r]), s.which);
 #pragma unroll
             for (uint m = 0; m < kTokens; ++m) total[r][m] += part[r][m] * scale;
         }
     }
 };
-
-typedef float WideRow __attribute__((ext_vector_type(128)));
 
 // Code i of all words is one vector: shift, look-up, multiply-add.
 template <typename Format, typename T> struct WideLookup {
@@ -64,35 +64,54 @@ template <typename Format, typename T> struct WideLookup {
     WideLookup(float middle) {
         for (uint code = 0; code < 16; ++code) table[code] = Format::value(code) - middle;
     }
-    template <int i> static void column(WideRow x, thread Stored* to) {
-        to[i] = __builtin_shufflevector(x, x, i, i + 8, i + 16, i + 24, i + 32, i + 40, i + 48, i + 56,
-                                        i + 64, i + 72, i + 80, i + 88, i + 96, i + 104, i + 112, i + 120);
-    }
     static void order(thread const float* from, thread Stored* to) {
-        const WideRow x = wide_load<WideRow>(from);
-        column<0>(x, to), column<1>(x, to), column<2>(x, to), column<3>(x, to);
-        column<4>(x, to), column<5>(x, to), column<6>(x, to), column<7>(x, to);
+        Wide x[8];
+        wide_columns(from, x);
+#pragma unroll
+        for (uint i = 0; i < 8; ++i) to[i] = x[i];
     }
-    template <uint kRows, uint kTokens>
-    static void multiply(Table table, thread const WideBits (&q)[kRows], thread const Stored* x, uint stride,
-                         thread Wide (&sums)[kRows][kTokens]) {
+    // sums = or += what each row has in its table, times x
+    template <bool kFirst, uint kRows, uint kTokens>
+    static void multiply(thread const Table (&tables)[kRows], thread const WideBits (&q)[kRows],
+                         thread const Stored* x, uint stride, thread Wide (&sums)[kRows][kTokens]) {
 #pragma unroll
         for (uint i = 0; i < 8; ++i) {
             Wide w[kRows];
 #pragma unroll
-            for (uint r = 0; r < kRows; ++r) w[r] = wide_lookup(table, q[r] >> (kBits * i));
+            for (uint r = 0; r < kRows; ++r) w[r] = wide_lookup(tables[r], q[r] >> (kBits * i));
 #pragma unroll
             for (uint m = 0; m < kTokens; ++m) {
                 const Wide v = x[m * stride + i];
 #pragma unroll
-                for (uint r = 0; r < kRows; ++r) sums[r][m] = i == 0 ? w[r] * v : sums[r][m] + w[r] * v;
+                for (uint r = 0; r < kRows; ++r) {
+                    sums[r][m] = kFirst && i == 0 ? w[r] * v : sums[r][m] + w[r] * v;
+                }
             }
         }
     }
     template <uint kRows, uint kTokens>
+    static void multiply(Table table, thread const WideBits (&q)[kRows], thread const Stored* x, uint stride,
+                         thread Wide (&sums)[kRows][kTokens]) {
+        Table tables[kRows];
+#pragma unroll
+        for (uint r = 0; r < kRows; ++r) tables[r] = table;
+        multiply<true>(tables, q, x, stride, sums);
+    }
+    template <uint kRows, uint kTokens>
     void add(thread const WideStep<kRows>& step, thread const WideScales& s, thread const Stored* x,
              uint stride, thread Wide (&total)[kRows][kTokens]) const {
-        WideWords<WideLookup, kRows, kTokens>::add(table, step, s, x, stride, total);
+        if (kTokens == 1 || !s.one) {
+            WideWords<WideLookup, kRows, kTokens>::add(table, step, s, x, stride, total);
+            return;
+        }
+        WideBits q[kRows]; // of many tokens it is the table that is scaled: there are no sums of a group
+        Table tables[kRows];
+#pragma unroll
+        for (uint r = 0; r < kRows; ++r) {
+            q[r] = wide_words<8 * kBits>(step.codes[r]);
+            tables[r] = table * (Wide)step.scales[r][0];
+        }
+        multiply<false>(tables, q, x, stride, total);
     }
 };
 
@@ -111,21 +130,21 @@ template <typename Format, uint kParts> struct WidePairs {
     WidePairs(float middle) {
         for (uint i = 0; i < 32; ++i) table[i] = as_type<short>(bfloat(Format::value(i & 15) - middle));
     }
-    template <int i> static void column(WideRow x, thread Stored* to) {
-        typedef float Pairs __attribute__((ext_vector_type(32)));
-        Pairs v = __builtin_shufflevector(
-            x, x, i, i + 4, i + 8, i + 12, i + 16, i + 20, i + 24, i + 28, i + 32, i + 36, i + 40, i + 44,
-            i + 48, i + 52, i + 56, i + 60, i + 64, i + 68, i + 72, i + 76, i + 80, i + 84, i + 88, i + 92,
-            i + 96, i + 100, i + 104, i + 108, i + 112, i + 116, i + 120, i + 124);
-#pragma unroll
-        for (uint part = 0; part < kParts; ++part) {
-            to[i * kParts + part] = __builtin_convertvector(v, WideBfloats);
-            v -= __builtin_convertvector(to[i * kParts + part], Pairs);
-        }
-    }
     static void order(thread const float* from, thread Stored* to) {
-        const WideRow x = wide_load<WideRow>(from);
-        column<0>(x, to), column<1>(x, to), column<2>(x, to), column<3>(x, to);
+        typedef float Pairs __attribute__((ext_vector_type(32)));
+        Wide x[8];
+        wide_columns(from, x);
+#pragma unroll
+        for (uint i = 0; i < 4; ++i) {
+            Pairs v =
+                __builtin_shufflevector(x[i], x[i + 4], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7,
+                                        23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#pragma unroll
+            for (uint part = 0; part < kParts; ++part) {
+                to[i * kParts + part] = __builtin_convertvector(v, WideBfloats);
+                v -= __builtin_convertvector(to[i * kParts + part], Pairs);
+            }
+        }
     }
 
     template <uint kRows, uint kTokens>
@@ -134,7 +153,9 @@ template <typename Format, uint kParts> struct WidePairs {
         typedef float Floats __attribute__((vector_size(64)));
         typedef bfloat Bfloats __attribute__((vector_size(64)));
         typedef ushort WideShorts __attribute__((ext_vector_type(32)));
-        WideShorts halves[kRows]; // codes 0 ... 3 and 4 ... 7 of a word
+        static_assert(kParts <= 2, "WidePairs: a number is the sum of at most two");
+        Wide parts[kRows][kTokens][kParts]; // one after the other they would wait for each other
+        WideShorts halves[kRows];           // codes 0 ... 3 and 4 ... 7 of a word
 #pragma unroll
         for (uint r = 0; r < kRows; ++r) {
             const WideBits upper = (q[r] << (16 - 4 * kBits)) & 0xffff0000u;
@@ -156,11 +177,18 @@ template <typename Format, uint kParts> struct WidePairs {
                     const Bfloats v = __builtin_bit_cast(Bfloats, x[m * stride + i * kParts + part]);
 #pragma unroll
                     for (uint r = 0; r < kRows; ++r) {
-                        const Wide before = i == 0 && part == 0 ? (Wide)0.0f : sums[r][m];
-                        sums[r][m] = __builtin_bit_cast(
+                        const Wide before = i == 0 ? (Wide)0.0f : parts[r][m][part];
+                        parts[r][m][part] = __builtin_bit_cast(
                             Wide, __builtin_ia32_dpbf16ps_512(__builtin_bit_cast(Floats, before), v, w[r]));
                     }
                 }
+            }
+        }
+#pragma unroll
+        for (uint r = 0; r < kRows; ++r) {
+#pragma unroll
+            for (uint m = 0; m < kTokens; ++m) {
+                sums[r][m] = kParts == 1 ? parts[r][m][0] : parts[r][m][0] + parts[r][m][kParts - 1];
             }
         }
     }
@@ -219,25 +247,30 @@ template <typename Format, typename T> struct WideChunks {
     template <uint kRows, uint kTokens>
     void add(thread const WideStep<kRows>& step, thread const WideScales& s, thread const Stored* x,
              uint stride, thread Wide (&total)[kRows][kTokens]) const {
+        const bool apart = kTokens == 1 && s.one; // of many tokens it is the weights that are scaled
         Wide part[kRows][kTokens];
+#pragma unroll
+        for (uint r = 0; r < kRows; ++r) {
+#pragma unroll
+            for (uint m = 0; m < kTokens; ++m) part[r][m] = apart ? (Wide)0.0f : total[r][m];
+        }
 #pragma unroll
         for (uint i = 0; i < 4; ++i) {
 #pragma unroll
             for (uint r = 0; r < kRows; ++r) {
                 Wide w = WideValues<Format>::of(wide_load<WideBytes>((const char*)step.codes[r] + 16 * i));
-                if (!s.one) w *= (Wide)step.scales[r][s.which[4 * i]];
+                if (!apart) w *= (Wide)step.scales[r][s.one ? 0 : s.which[4 * i]];
 #pragma unroll
-                for (uint m = 0; m < kTokens; ++m) {
-                    const Wide v = x[m * stride + i];
-                    part[r][m] = i == 0 ? w * v : part[r][m] + w * v;
-                }
+                for (uint m = 0; m < kTokens; ++m) part[r][m] += w * x[m * stride + i];
             }
         }
 #pragma unroll
         for (uint r = 0; r < kRows; ++r) {
-            const Wide scale = s.one ? (Wide)step.scales[r][0] : (Wide)1.0f;
+            const Wide scale = apart ? (Wide)step.scales[r][0] : (Wide)1.0f;
 #pragma unroll
-            for (uint m = 0; m < kTokens; ++m) total[r][m] += part[r][m] * scale;
+            for (uint m = 0; m < kTokens; ++m) {
+                total[r][m] = apart ? total[r][m] + part[r][m] * scale : part[r][m];
+            }
         }
     }
 };
@@ -265,25 +298,28 @@ template <> struct WideScale<E4M3> {
     }
 };
 
-template <typename Format, typename T> struct WideTable {
+template <typename Format, typename T, bool kOne> struct WideTable {
     typedef WideLookup<Format, T> type;
 };
 #if METAL_MARLIN_PAIRS
-template <typename Format> struct WideTable<Format, bfloat> {
+template <typename Format, bool kOne> struct WideTable<Format, bfloat, kOne> {
     typedef WidePairs<Format, 1> type;
 };
-template <typename Format> struct WideTable<Format, half> {
+template <typename Format>
+struct WideTable<Format, half, true> { // of many tokens, look-ups are the smaller part
     typedef WidePairs<Format, 2> type;
 };
-template <> struct WideTable<NF3, bfloat> { // its values are floats
+template <bool kOne> struct WideTable<NF3, bfloat, kOne> { // its values are floats
     typedef WideLookup<NF3, bfloat> type;
 };
-template <> struct WideTable<NF3, half> {
+template <> struct WideTable<NF3, half, true> {
     typedef WideLookup<NF3, half> type;
 };
 #endif
-template <typename Format, typename T, uint kBits> struct WideDotOf : WideTable<Format, T> {};
-template <typename Format, typename T> struct WideDotOf<Format, T, 8> {
+// kOne: for one token
+template <typename Format, typename T, uint kBits, bool kOne>
+struct WideDotOf : WideTable<Format, T, kOne> {};
+template <typename Format, typename T, bool kOne> struct WideDotOf<Format, T, 8, kOne> {
     typedef WideChunks<Format, T> type;
 };
 #endif

@@ -27,22 +27,7 @@ struct WideCodes<Format, true> { // of fewer than four bits the table repeats it
     Wide of(WideBits words, uint i) const { return wide_lookup(table, words >> (i * Format::kBits)); }
 };
 
-// Rows of 16 x 16 words become columns: blocks of s x s beside the diagonal change places.
-constexpr int wide_from_left(int lane, int s) { return lane & s ? 16 + lane - s : lane; }
-constexpr int wide_from_right(int lane, int s) { return lane & s ? 16 + lane : lane + s; }
-#define WIDE_LANES(from, s)                                                                                  \
-    from(0, s), from(1, s), from(2, s), from(3, s), from(4, s), from(5, s), from(6, s), from(7, s),          \
-        from(8, s), from(9, s), from(10, s), from(11, s), from(12, s), from(13, s), from(14, s), from(15, s)
-template <int s> static inline void wide_exchange(thread WideBits (&q)[16]) {
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-        if (i & s) continue;
-        const WideBits a = q[i], b = q[i + s];
-        q[i] = __builtin_shufflevector(a, b, WIDE_LANES(wide_from_left, s));
-        q[i + s] = __builtin_shufflevector(a, b, WIDE_LANES(wide_from_right, s));
-    }
-}
-#undef WIDE_LANES
+// Rows of 16 x 16 words become columns.
 static inline void wide_transpose(thread WideBits (&q)[16]) {
     wide_exchange<8>(q), wide_exchange<4>(q), wide_exchange<2>(q), wide_exchange<1>(q);
 }

@@ -11,7 +11,7 @@ using Gemv = SimdGemv<Q, T, kTokens, 0, 0, Epilogue>;
 // the threadgroup, and summed by group where weights have an offset. Scales of kRows rows are made floats before their
 // codes are read, many at once.
 template <typename Q, typename T, uint kTokens, typename Epilogue> struct WideGemv {
-    typedef typename WideDotOf<typename Q::Format, T, Q::Format::kBits>::type Dot;
+    typedef typename WideDotOf<typename Q::Format, T, Q::Format::kBits, kTokens == 1>::type Dot;
     typedef typename Dot::Stored Stored;
     typedef CodeWords<typename Q::Format> Memory;
     typedef MatrixRows<Q::kMatrices> Place;
@@ -20,14 +20,18 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct WideGe
         kPerWord = Q::Format::kPerWord,
         kBits = Q::Format::kBits,
         kStepBytes = kStep * kBits / 8,
-        kRows = kTokens == 1 ? 4 : 2,         // together: they share what is read of x
-        kBlock = kTokens == 1 ? 16384 : 1024, // of K, the part of x in reordered form: of 8 tokens 32 KB
+        kRows = kTokens == 1 ? 4 : 2,                     // together: they share what is read of x
+        kElement = Dot::kStored * sizeof(Stored) / kStep, // bytes of an element of x
+        // of K, the part of x in reordered form: of 8 tokens 32 KB, twice as much where half of it is read a product
+        kBlock = kTokens == 1 ? 16384
+        : kElement == 2       ? 4096
+                              : 1024,
         kStored = (kBlock / kStep + 1) * Dot::kStored,
-        kGroups = kBlock / 16 + 16, // a step reads eight scales, used or not
-        kMost = 256,                // rows a pass over K
+        kGroups = kBlock / 16 + 16,       // a step reads eight scales, used or not
+        kMost = kTokens == 1 ? 256 : 512, // rows a pass over K
         kOutputs = kMost / Q::kMatrices,
-        kAhead = 3072, // bytes that are fetched in advance along a row
-        kNear = 16384  // bytes of kRows rows that are fetched one after another
+        kAhead = 3072, // bytes that are fetched in advance along a row of which the pass takes a block
+        kFar = 16384   // bytes that are fetched in advance in the order of memory, where it takes whole rows
     };
     struct Shared {
         uint nothing;
@@ -166,11 +170,12 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct WideGe
                      thread const Block& b, thread Pass& pass) {
         const uint words = Memory::stored(a.K), width = Memory::stored(b.size) * 4,
                    together = kRows * words * 4;
-        // Rows to come are fetched in the order of memory, which the hardware takes further, where they are short enough to
-        // stay in its nearest cache; longer ones each along itself, and behind their end the next ones.
-        const bool near = together <= kNear && b.size == a.K;
-        const uint ahead = min(uint(kAhead), width), next = max(1u, kRows * kAhead / together) * together;
-        const uint apart = near ? uint(kStepBytes) : words * 4;
+        // Whole rows to come are fetched in the order of memory, into the second cache: in the first one, which x fills, they would not
+        // last. Of blocks of rows, each row is fetched along itself, and behind its end the next one.
+        const bool whole = b.size == a.K;
+        const uint ahead = min(uint(kAhead), width);
+        const uint next = max(1u, (whole ? uint(kFar) : kRows * kAhead) / together) * together;
+        const uint apart = whole ? uint(kStepBytes) : words * 4;
         const uint all = count * Q::kMatrices;
         for (uint r0 = 0; r0 < all; r0 += kRows) {
             device const uint* codes[kRows];
@@ -187,26 +192,30 @@ template <typename Q, typename T, uint kTokens, typename Epilogue> struct WideGe
             }
             for (uint k = 0; k < b.size; k += kStep) { // one loop, so that a step is compiled once
                 const uint then = k / kStep * kStepBytes + ahead;
-                device const char* fetch =
-                    (device const char*)codes[0] + (near           ? next + k / kStep * kRows * kStepBytes
-                                                    : then < width ? then
-                                                                   : then - width + next);
+                const uint at = whole          ? next + k / kStep * kRows * kStepBytes
+                                : then < width ? then
+                                               : then - width + next;
+                device const char* fetch = (device const char*)codes[0] + at;
                 WideBits part[kRows];
 #pragma unroll
                 for (uint r = 0; r < kRows; ++r) {
                     step.codes[r] = codes[r] + k / kStep * (kStepBytes / 4);
                     step.scales[r] = pass.scales[r] + (((b.k + k) >> a.shift) - b.first);
-                    __builtin_prefetch(fetch + r * apart);
+                    __builtin_prefetch(fetch + r * apart, 0, 2);
                 }
                 if (k == b.whole) last(codes, b, step, part);
                 dot.add(step, k == b.whole ? b.last_scales : b.scales, pass.xs[0] + k / kStep * Dot::kStored,
                         kStored, total);
             }
-#pragma unroll
+            float sums[kRows][kTokens];
+            if (kRows * kTokens == 16) {
+                wide_store(sums, wide_sums(*(thread Wide(*)[16])total));
+            } else {
+                for (uint i = 0; i < kRows * kTokens; ++i) sums[0][i] = wide_sum(total[0][i]);
+            }
             for (uint r = 0; r < kRows; ++r) {
-#pragma unroll
                 for (uint m = 0; m < kTokens; ++m) {
-                    float sum = wide_sum(total[r][m]);
+                    float sum = sums[r][m];
                     if (Q::kAffine) {
                         for (uint g = 0; g < b.groups; ++g) sum += pass.offsets[r][g] * pass.grouped[m][g];
                     }

@@ -64,6 +64,47 @@ template <uint kSize> static inline WideBits wide_words(const void* from) {
                                           52, 53, 54, 54, 55, 56, 57, 57, 58, 59, 60));
 }
 
+// Of vectors q[i] and q[i + s], blocks of s lanes beside the diagonal change places.
+constexpr int wide_from_left(int lane, int s) { return lane & s ? 16 + lane - s : lane; }
+constexpr int wide_from_right(int lane, int s) { return lane & s ? 16 + lane : lane + s; }
+#define WIDE_LANES(from, s)                                                                                  \
+    from(0, s), from(1, s), from(2, s), from(3, s), from(4, s), from(5, s), from(6, s), from(7, s),          \
+        from(8, s), from(9, s), from(10, s), from(11, s), from(12, s), from(13, s), from(14, s), from(15, s)
+template <int s, typename V, int kCount> static inline void wide_exchange(thread V (&q)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        if (i & s) continue;
+        const V a = q[i], b = q[i + s];
+        q[i] = __builtin_shufflevector(a, b, WIDE_LANES(wide_from_left, s));
+        q[i + s] = __builtin_shufflevector(a, b, WIDE_LANES(wide_from_right, s));
+    }
+}
+template <int s> static inline void wide_fold(thread Wide (&v)[16]) {
+#pragma unroll
+    for (int i = 0; i < s; ++i) {
+        v[i] = __builtin_shufflevector(v[i], v[i + s], WIDE_LANES(wide_from_left, s)) +
+               __builtin_shufflevector(v[i], v[i + s], WIDE_LANES(wide_from_right, s));
+    }
+}
+#undef WIDE_LANES
+
+// Lane i: the sum of v[i].
+static inline Wide wide_sums(thread Wide (&v)[16]) {
+    wide_fold<8>(v), wide_fold<4>(v), wide_fold<2>(v), wide_fold<1>(v);
+    return v[0];
+}
+
+// Lane j of to[i] is element 8 j + i.
+static inline void wide_columns(thread const float* from, thread Wide (&to)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) to[i] = wide_load<Wide>(from + 16 * i);
+    wide_exchange<4>(to), wide_exchange<2>(to), wide_exchange<1>(to);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        to[i] = __builtin_shufflevector(to[i], to[i], 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+}
+
 static inline float wide_sum(Wide v) {
     const HalfWide a = v.lo + v.hi;
     const float4 b = a.lo + a.hi;
