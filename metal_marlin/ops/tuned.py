@@ -102,9 +102,9 @@ class Table:
 
 
 def device_key(kind: str, index: int = 0) -> str:
-    """What a table is for: cpu by instruction set and threads, cuda by compute capability and multiprocessors."""
+    """What a table is for: cpu by instructions and threads, cuda by compute capability and multiprocessors."""
     if kind == "cpu":
-        return f"cpu-{Target.host_cpu().arch}-{torch.get_num_threads()}"
+        return f"{Target.host_cpu()}-{torch.get_num_threads()}".replace(":", "-")  # also a file's name
     if kind == "cuda":
         at = torch.cuda.get_device_properties(index)
         return f"cuda-{at.major}.{at.minor}-{at.multi_processor_count}"
