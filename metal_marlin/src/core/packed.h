@@ -169,8 +169,9 @@ template <typename Schedule> struct TileWalk {
     uint at, step, across, count;
     TileWalk(constant GemmShape& shape, uint3 tgid, uint3 grid)
         : at(tgid.y * grid.x + tgid.x), step(grid.x * grid.y),
-          across((uint(shape.N) + uint(Schedule::kRows) - 1) / uint(Schedule::kRows)),
-          count((uint(shape.M) + uint(Schedule::kTokens) - 1) / uint(Schedule::kTokens) * across) {}
+          across((uint(shape.N) + uint(Schedule::kRows) - 1) / uint(Schedule::kRows)) {
+        count = across * ((uint(shape.M) + uint(Schedule::kTokens) - 1) / uint(Schedule::kTokens));
+    }
     bool more() const { return at < count; }
     void next() { at += step; }
     uint row() const { return at % across * Schedule::kRows; }
