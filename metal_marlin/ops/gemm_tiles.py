@@ -17,7 +17,7 @@ __all__ = ["FORMATS", "TILES", "Tile", "fastest", "has_tiles"]
 class Tile:
     """Rows of W and tokens of a threadgroup, its threads, how many threadgroups share K, how many of them a
     multiprocessor holds, and how long one runs: ``start`` + ``step`` for every 64 k, in µs (FP4 and half on an H200,
-    fitted to bench/results). ``wgmma``: core/nvidia/gemm_wgmma.h, else gemm_few.h."""
+    fitted to bench/results). ``wgmma``: core/nvidia/gemm_wgmma.h, else gemm_few.h. ``deep``: more stages ahead."""
 
     rows: int
     tokens: int
@@ -27,9 +27,10 @@ class Tile:
     parts: int = 1
     held: int = 1
     wgmma: bool = False
+    deep: bool = False
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.tokens}" + (f"x{self.parts}" if self.parts > 1 else "")
+        return f"{self.rows}x{self.tokens}{f'x{self.parts}' if self.parts > 1 else ''}{'d' if self.deep else ''}"
 
     @property
     def hopper(self) -> bool:

@@ -40,6 +40,7 @@ class Tiles(Mapping[str, Tile]):
 # Times: FP4 and half on an H200, as bench/results has them.
 TILES = Tiles(
     (Tile(32, 8, 288, 2.9, 0.0502, held=2), 512),
+    (Tile(32, 8, 288, 3.4, 0.0365, deep=True), 512),
     (Tile(64, 8, 288, 2.1, 0.0707), 512),
     (Tile(32, 16, 288, 3.1, 0.0487), 512),
     (Tile(64, 16, 288, 3.35, 0.0737), 256),

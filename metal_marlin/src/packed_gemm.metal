@@ -1,8 +1,8 @@
 // Products with quantised weights in operand order (core/packed.h): what a product is on NVIDIA GPUs of compute capability
 // 9.0, for any number of tokens; on other devices the same numbers by plain code.
 //
-// Rows: packed_gemm_<format>__[t<activations>_][z<zeros>_]m<rows of W>x<tokens>[x<threadgroups that share K>]; scales are
-// as the activations or of the format's own type, activations half by default.
+// Rows: packed_gemm_<format>__[t<activations>_][z<zeros>_]m<rows of W>x<tokens>[x<threadgroups that share K>][d]; scales are
+// as the activations or of the format's own type, activations half by default. 32x8d has twice the stages ahead, for long K.
 // Grid: x covers N, y covers M, z the parts of K; ops/packed_tiles.py holds the numbers.
 #include <metal_stdlib>
 #include "core/instantiate.h"
@@ -37,11 +37,12 @@ ENTRY(384)
         packed_gemm_##threads<W, T, PackedTile<rows, tokens, parts, depth, ahead, n, k, few, threads>>)
 #define TILES(name, W, T)                                                                                    \
     TILE(name, "32x8", 32, 8, 1, 512, 6, 1, 8, true, 288, W, T)                                              \
+    TILE(name, "32x8d", 32, 8, 1, 512, 12, 1, 8, true, 288, W, T)                                            \
     TILE(name, "64x8", 64, 8, 1, 512, 4, 1, 8, true, 288, W, T)                                              \
     TILE(name, "32x16", 32, 16, 1, 512, 7, 1, 8, true, 288, W, T)                                            \
     TILE(name, "64x16", 64, 16, 1, 256, 6, 2, 4, true, 288, W, T)                                            \
     TILE(name, "32x32", 32, 32, 1, 256, 6, 1, 4, true, 160, W, T)                                            \
-    TILE(name, "32x32x2", 32, 32, 2, 256, 4, 1, 4, true, 160, W, T)                                          \
+    TILE(name, "32x32x2", 32, 32, 2, 256, 5, 1, 4, true, 160, W, T)                                          \
     TILE(name, "64x32", 64, 32, 1, 128, 6, 1, 1, false, 160, W, T)                                           \
     TILE(name, "64x64", 64, 64, 1, 128, 4, 1, 1, false, 160, W, T)                                           \
     TILE(name, "64x64x2", 64, 64, 2, 256, 4, 1, 2, false, 288, W, T)                                         \

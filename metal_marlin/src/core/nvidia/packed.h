@@ -181,7 +181,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
 
     // ---- few tokens
 
-    typedef MmaDecode<Format, T> FewDecode;
+    typedef RingDecode<Format, T> FewDecode;
     typedef float Sums[kTiles][4];
 
     // A step's right operands x[c], and its instruction.
@@ -303,7 +303,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
 
     // ---- many tokens
 
-    typedef MmaCodes<Format, T> ManyDecode;
+    typedef RingCodes<Format, T> ManyDecode;
 
     template <uint kRuns>
     static void decode(thread const Place& at, uint stage, uint block, thread const float (&inverse)[2],

@@ -5,7 +5,7 @@
 #include "core/nvidia/async_copy.h"
 #include "core/nvidia/operand.h"
 
-// The operand of a step, four pairs. Decode: MmaDecode or MmaCodes; they are the same for two and three bits.
+// The operand of a step, four pairs. Decode: RingDecode or RingCodes; they are the same for two and three bits.
 template <typename Format, typename T> struct MmaStep {
     template <typename Decode, uint kCount>
     static void operand(thread const uint (&words)[kCount], uint step, thread uint (&w)[4]) {
@@ -42,6 +42,22 @@ template <> struct MmaStep<FP4, bfloat> {
         return MmaPair<bfloat>::times((sign & 0x80008000u) | (size & 0x01c001c0u), 0x7e807e80u); // 2^126
     }
 };
+
+// What codes mean here: as MmaDecode and MmaCodes say, but where compute capability 9.0 has an instruction for it.
+template <typename Format, typename T> struct RingDecode : MmaDecode<Format, T> {};
+template <typename Format, typename T> struct RingCodes : MmaCodes<Format, T> {};
+template <> struct RingDecode<FP8E4M3, half> : MmaPlain {
+    static uint two(uint bytes) {
+        uint halves;
+        __asm__("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(ushort(bytes)));
+        return halves;
+    }
+    static void pairs(uint word, thread uint (&w)[2]) {
+        const uint ordered = mma_permute(word, 0, 0x3120); // those of a pair side by side
+        w[0] = two(ordered), w[1] = two(ordered >> 16);
+    }
+};
+template <> struct RingCodes<FP8E4M3, half> : RingDecode<FP8E4M3, half> {};
 
 // A half's mantissa holds four fields from bit 2 on. With the bytes of both halves exchanged, it holds the others.
 template <> struct MmaStep<INT2, half> {
@@ -125,10 +141,9 @@ template <typename Scale> struct ScalePair {
                       Scale::value(FromBits<S>::number(both >> kBits)));
     }
 };
-template <> struct ScalePair<E4M3> { // which has an instruction
+template <> struct ScalePair<E4M3> {
     static float2 values(uint both) {
-        uint halves;
-        __asm__("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(ushort(both)));
+        const uint halves = RingDecode<FP8E4M3, half>::two(both);
         return float2(float(as_type<half>(ushort(halves))), float(as_type<half>(ushort(halves >> 16))));
     }
 };
