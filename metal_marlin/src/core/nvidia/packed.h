@@ -23,6 +23,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
     typedef TileWalk<Schedule> Tiles;
     enum : bool {
         kFew = Schedule::kFew,
+        kExact = ExactProduct<Format, typename W::Scale, T>::value,       // weights are scaled, else sums
         kWhole = !kFew && Schedule::kAlongK == 1 && Schedule::kSplit == 1 // a simdgroup's sums are outputs
     };
     enum : uint {
@@ -179,6 +180,12 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
     } // of two
     static uint join(T a) { return uint(as_type<ushort>(a)) * 0x10001u; }
 
+    // Weight k has scale k >> this: known to the compiler where the format has groups of its own.
+    static uint group_shift(thread const Arguments& a) {
+        typedef OwnGroup<typename W::Scale> Own;
+        return Own::shift != 0 ? uint(Own::shift) : a.shift;
+    }
+
     // ---- few tokens
 
     typedef RingDecode<Format, T> FewDecode;
@@ -253,8 +260,14 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
                 for (uint r = 0; r < kStrips; ++r) {
                     uint w[4];
                     Codes::template operand<FewDecode>(codes[r], step, w);
+                    if (kExact) {
 #pragma unroll
-                    for (uint c = 0; c < kTiles; ++c) mma(part[r][c], w, x[c], step, places[r]);
+                        for (uint j = 0; j < 4; ++j)
+                            w[j] = ScalePair<typename W::Scale>::times(w[j], scales[r][run].scales, j % 2);
+                    }
+#pragma unroll
+                    for (uint c = 0; c < kTiles; ++c)
+                        mma(kExact ? total[r][c] : part[r][c], w, x[c], step, places[r]);
                 }
                 if (W::kAffine) {
                     const uint one = join(T(1));
@@ -264,7 +277,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
                 }
             }
 #pragma unroll
-            for (uint r = 0; r < kStrips; ++r) {
+            for (uint r = 0; r < kStrips && !kExact; ++r) {
                 const Numbers v = numbers(scales[r][run]);
 #pragma unroll
                 for (uint h = 0; h < 2; ++h) {
@@ -459,8 +472,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
                 for (uint e = 0; e < 4; ++e) total[r][c][e] = 0;
             }
         }
-        const uint shift =
-            OwnGroup<typename W::Scale>::shift != 0 ? uint(OwnGroup<typename W::Scale>::shift) : a.shift;
+        const uint shift = group_shift(a);
         if (shift >= 6)
             few<1>(at, turn, total);
         else if (shift == 5)
@@ -491,8 +503,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         for (uint h = 0; h < 2; ++h) {
             inverse[h] = inverted(a.powers[min(at.first + at.along_n * 16 + at.lane / 4 + h * 8, a.N - 1)]);
         }
-        const uint shift =
-            OwnGroup<typename W::Scale>::shift != 0 ? uint(OwnGroup<typename W::Scale>::shift) : a.shift;
+        const uint shift = group_shift(a);
         if (shift >= 6)
             many<1>(at, inverse, turn, d);
         else if (shift == 5)
@@ -542,11 +553,9 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         Residency<sizeof(Shared)>::ask();
         if (kSplit > 1) Parts::form();
         Place at = place(a, where, sh);
-        if (at.simdgroup == 0 && at.lane == 0) {
-            for (uint i = 0; i < kStages; ++i) {
-                PhaseBarrier::start(at.full(i), 1);
-                PhaseBarrier::start(at.empty(i), kSimdgroups);
-            }
+        if (at.simdgroup == 0 && at.lane < kStages) {
+            PhaseBarrier::start(at.full(at.lane), 1);
+            PhaseBarrier::start(at.empty(at.lane), kSimdgroups);
             PhaseBarrier::publish();
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
