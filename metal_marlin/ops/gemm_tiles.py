@@ -17,7 +17,8 @@ __all__ = ["FORMATS", "TILES", "Tile", "fastest", "has_tiles"]
 class Tile:
     """Rows of W and tokens of a threadgroup, its threads, how many threadgroups share K, how many of them a
     multiprocessor holds, and how long one runs: ``start`` + ``step`` for every 64 k, in µs (FP4 and half on an H200,
-    fitted to bench/results). ``wgmma``: core/nvidia/gemm_wgmma.h, else gemm_few.h. ``deep``: more stages ahead."""
+    fitted to bench/results). ``wgmma``: core/nvidia/gemm_wgmma.h, else gemm_few.h. ``deep``: more stages ahead.
+    ``halves``: the last tiles may be halves, of half the tokens (TileWalk of core/packed.h)."""
 
     rows: int
     tokens: int
@@ -28,6 +29,7 @@ class Tile:
     held: int = 1
     wgmma: bool = False
     deep: bool = False
+    halves: bool = False
 
     def __str__(self) -> str:
         return f"{self.rows}x{self.tokens}{f'x{self.parts}' if self.parts > 1 else ''}{'d' if self.deep else ''}"
@@ -44,7 +46,13 @@ class Tile:
     def time(self, M: int, N: int, K: int) -> float:
         """What a product takes, in µs."""
         waves = self.count(M, N) * self.parts / MULTIPROCESSORS
-        return self.start + self.step * K / 64 * (math.ceil(waves) if self.held == 1 else max(1.0, waves))
+        if self.halves:  # N by halves of tiles, of which a round has twice as many
+            waves = max(1.0, math.ceil(-(-N // self.rows) * -(-2 * M // self.tokens) / MULTIPROCESSORS) / 2)
+        elif self.held == 1:
+            waves = math.ceil(waves)
+        else:
+            waves = max(1.0, waves)
+        return self.start + self.step * K / 64 * waves
 
 
 MULTIPROCESSORS = 132  # of an H100 or H200

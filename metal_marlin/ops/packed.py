@@ -208,7 +208,7 @@ def maps_of(
     held, strips, groups = max(1, depth // group), N // 16, -(-K // group)
     return b"".join(
         (
-            blocked_map(x, M, K, t.tokens, depth // 64),
+            blocked_map(x, M, K, t.tokens // 2, 1) if t.halves else blocked_map(x, M, K, t.tokens, depth // 64),
             strip_map(codes, strips, K // 64, 128 * bits, t.rows // 16, depth // 64),
             group_map(scales, groups, N * size, t.rows * size, held),
             group_map(extra, groups, N * size, t.rows * size, held) if extra else NONE,

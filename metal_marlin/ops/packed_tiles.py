@@ -52,8 +52,8 @@ TILES = Tiles(
     (Tile(64, 64, 288, 4.6, 0.0687, parts=2, wgmma=True), 256),
     (Tile(64, 128, 288, 4.0, 0.1107, parts=2, wgmma=True), 256),
     (Tile(128, 128, 384, 0.0, 0.4362, wgmma=True), 128),
-    (Tile(64, 256, 160, 0.0, 0.3970, wgmma=True), 128),
-    (Tile(128, 256, 384, 0.0, 0.7879, wgmma=True), 128),
+    (Tile(64, 256, 160, 0.0, 0.3970, wgmma=True, halves=True), 128),
+    (Tile(128, 256, 384, 0.0, 0.7879, wgmma=True, halves=True), 128),
 )
 SPARSE = Tiles(
     (Tile(32, 8, 288, 2.61, 0.0308), 512),
@@ -67,6 +67,6 @@ SPARSE = Tiles(
     (Tile(64, 64, 288, 3.96, 0.0528, parts=2, wgmma=True), 256),
     (Tile(64, 128, 288, 3.75, 0.0824, parts=2, wgmma=True), 256),
     (Tile(128, 128, 384, 1.04, 0.2917, wgmma=True), 128),
-    (Tile(64, 256, 160, 0.45, 0.2947, wgmma=True), 128),
-    (Tile(128, 256, 384, 0.3, 0.4483, wgmma=True), 128),
+    (Tile(64, 256, 160, 0.45, 0.2947, wgmma=True, halves=True), 128),
+    (Tile(128, 256, 384, 0.3, 0.4483, wgmma=True, halves=True), 128),
 )

@@ -94,6 +94,15 @@ def test_every_tile(case: Case, tile: str) -> None:
     assert any(row.endswith(f"m{tile}") for row in counters() - before)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tile", [name for name, tile in SPARSE.items() if tile.halves])
+@pytest.mark.parametrize(("M", "count"), [(530, 2), (512, 7), (600, 7)])
+def test_threadgroups_walk(M: int, count: int, tile: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tiles than threadgroups; the last ones whole, split in halves, and of few tokens."""
+    monkeypatch.setattr(ordered, "multiprocessors", lambda _: count)
+    assert ordered.case_check(Case(M, 400, 320, 64), device, f"packed_sparse_fp4__m{tile}").passed
+
+
 def test_operand_order_is_undone() -> None:
     case = Case(1, 48, 192, 64)
     _, *w = packed(case)

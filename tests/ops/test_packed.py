@@ -67,13 +67,16 @@ def test_every_tile(case: Case, tile: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tile", [name for name, tile in TILES.items() if tile.wgmma and tile.parts == 1])
-@pytest.mark.parametrize("case", [Case(530, 400, 576, 64, d) for d in HALVES], ids=str)
-def test_threadgroups_walk(case: Case, tile: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More tiles than threadgroups."""
-    monkeypatch.setattr(packed_module, "multiprocessors", lambda _: 2)
-    kernel = f"packed_gemm_fp4__m{tile}"
-    p = plan(case.M, case.N, case.K, case.dtype, case.dtype, kernel=kernel, multiprocessors=2)
-    assert p.threadgroups[0] == min(2 * TILES[tile].held, TILES[tile].count(case.M, case.N)), p
+@pytest.mark.parametrize(("M", "count"), [(530, 2), (512, 7), (600, 7), (512, 13)])
+@pytest.mark.parametrize("dtype", HALVES, ids=["half", "bf16"])
+def test_threadgroups_walk(
+    M: int, count: int, dtype: torch.dtype, tile: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More tiles than threadgroups; the last ones whole, split in halves, and of few tokens."""
+    case, kernel = Case(M, 400, 320, 64, dtype), f"packed_gemm_fp4__m{tile}"
+    monkeypatch.setattr(packed_module, "multiprocessors", lambda _: count)
+    p = plan(case.M, case.N, case.K, case.dtype, case.dtype, kernel=kernel, multiprocessors=count)
+    assert p.threadgroups[0] == min(count * TILES[tile].held, TILES[tile].count(case.M, case.N)), p
     check(case, multiply(case, device, kernel)[0])
 
 

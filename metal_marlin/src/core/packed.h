@@ -164,18 +164,37 @@ struct PackedTile {
 };
 
 // The tiles of a threadgroup, or of those along z that share K: the first, and every `step`th after it. Neighbours along N
-// come first.
+// come first. Large tiles can be halved, to half the tokens. Whole ones come first; then both halves of those that are
+// left after whole rounds, if that makes the last rounds shorter; then those of the last tokens, if a half holds them.
 template <typename Schedule> struct TileWalk {
-    uint at, step, across, count;
+    enum : bool { kHalves = !Schedule::kFew && Schedule::kSplit == 1 && Schedule::kTokens == 256 };
+    enum : uint {
+        kRows = Schedule::kRows,
+        kTokens = Schedule::kTokens,
+        kHalf = kHalves ? kTokens / 2 : kTokens
+    };
+    uint at, step, across, whole, pairs, count;
     TileWalk(constant GemmShape& shape, uint3 tgid, uint3 grid)
-        : at(tgid.y * grid.x + tgid.x), step(grid.x * grid.y),
-          across((uint(shape.N) + uint(Schedule::kRows) - 1) / uint(Schedule::kRows)) {
-        count = across * ((uint(shape.M) + uint(Schedule::kTokens) - 1) / uint(Schedule::kTokens));
+        : at(tgid.y * grid.x + tgid.x), step(grid.x * grid.y), across((uint(shape.N) + kRows - 1) / kRows),
+          whole(across * ((uint(shape.M) + kTokens - 1) / kTokens)), pairs(0), count(whole) {
+        if (!kHalves) return;
+        const uint last = (uint(shape.M) - 1) % kTokens < kHalf ? across : 0;
+        whole -= last;
+        const uint left = whole % step, more = left + last;
+        // rounds of halves, with those that are left halved and whole
+        if ((left + more + step - 1) / step < 2 + (more > step ? (more - 1) / step : 0)) pairs = left;
+        whole -= pairs, count += pairs;
     }
     bool more() const { return at < count; }
     void next() { at += step; }
-    uint row() const { return at % across * Schedule::kRows; }
-    uint token() const { return at / across * Schedule::kTokens; }
+    bool halved() const { return kHalves && at >= whole; }
+    uint part() const { return at - whole; } // which
+    uint tile() const { return halved() ? whole + (part() < 2 * pairs ? part() / 2 : part() - pairs) : at; }
+    uint row() const { return tile() % across * kRows; }
+    uint token() const {
+        return tile() / across * kTokens + (halved() && part() < 2 * pairs ? part() % 2 * kHalf : 0);
+    }
+    uint tokens() const { return halved() ? uint(kHalf) : uint(kTokens); }
 };
 
 // The definition in plain code, for devices without a pipeline of their own: simdgroups take turns at strips; a lane adds
@@ -263,7 +282,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct S
         if (at.tgid.z != 0) return;
         for (; tiles.more(); tiles.next()) {
             const uint end = min(tiles.row() + uint(Schedule::kRows), a.N) / 16,
-                       last = min(tiles.token() + Schedule::kTokens, a.M);
+                       last = min(tiles.token() + tiles.tokens(), a.M);
             for (uint s = tiles.row() / 16 + at.sgid; s < end; s += Schedule::kThreads / 32) {
                 for (uint token = tiles.token(); token < last; token += kTokens)
                     strip(a, s, token, at.lane, epilogue);

@@ -74,11 +74,12 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         uint k, count;     // its first k and stages
         uint lane, simdgroup, along_n, along_k;
         uint stages;      // address
+        bool halved;      // a tile of half the tokens
         uint held, shift; // scales of a row that a stage has; weight k has scale k >> shift
         uint full(uint slot) const { return stages + kFull + slot * 8; }
         uint empty(uint slot) const { return stages + kEmpty + slot * 8; }
         void move(Tiles tiles) {
-            if (kWhole) first = tiles.row(), token = tiles.token();
+            if (kWhole) first = tiles.row(), token = tiles.token(), halved = tiles.halved();
         }
     };
     struct Turn {
@@ -99,7 +100,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
                             uint k) {
         const uint to = at.stages + slot * kStage + kX, full = at.full(slot), strip = at.first / 16;
         const uint scales = kRows * at.held * sizeof(S);
-        PhaseBarrier::expect(full, kX + kCodes + kPlaces + scales * (W::kAffine ? 2 : 1));
+        PhaseBarrier::expect(full,
+                             (at.halved ? kX / 2 : kX) + kCodes + kPlaces + scales * (W::kAffine ? 2 : 1));
         copy_box3(to, maps + 128, 0, k / 64, strip, full);
         if (kSpread != 1) copy_box3(to + kCodes, maps + 512, 0, k / 64, strip, full);
         copy_box3(to + kCodes + kPlaces, maps + 256, at.first * sizeof(S), k >> a.shift, 0, full);
@@ -108,7 +110,14 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
                       full);
     }
     static void ask_x(thread const Place& at, ulong maps, uint slot, uint k) {
-        copy_box3(at.stages + slot * kStage, maps, 0, at.token, k / 64, at.full(slot));
+        const uint to = at.stages + slot * kStage;
+        if (!Tiles::kHalves) return copy_box3(to, maps, 0, at.token, k / 64, at.full(slot));
+        for (uint b = 0; b < kBlocks; ++b) { // each half's tokens a copy
+            copy_box3(to + b * kXBlock, maps, 0, at.token, k / 64 + b, at.full(slot));
+            if (!at.halved)
+                copy_box3(to + b * kXBlock + kXBlock / 2, maps, 0, at.token + Tiles::kHalf, k / 64 + b,
+                          at.full(slot));
+        }
     }
 
     static void produce(thread const Arguments& a, Place at, Tiles tiles) {
@@ -347,19 +356,20 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         }
     }
 
-    static void mma(thread float (&d)[kTokens / 2], thread const uint (&w)[4], uint x, uint step,
-                    uint places) {
+    template <uint kCount>
+    static void mma(thread float (&d)[kCount], thread const uint (&w)[4], uint x, uint step, uint places) {
+        typedef Wgmma<T, kCount * 2> Instruction;
         if (kSpread == 1)
-            Wgmma<T, kTokens>::mma(d, w, x + 2 * step);
+            Instruction::mma(d, w, x + 2 * step);
         else if (step == 0)
-            Wgmma<T, kTokens>::template sparse<0>(d, w, places, x);
+            Instruction::template sparse<0>(d, w, places, x);
         else
-            Wgmma<T, kTokens>::template sparse<1>(d, w, places, x + 4);
+            Instruction::template sparse<1>(d, w, places, x + 4);
     }
 
-    template <uint kRuns>
+    template <uint kRuns, uint kCount>
     static void many(thread const Place& at, thread const float (&inverse)[2], thread Turn& turn,
-                     thread float (&d)[kTokens / 2]) {
+                     thread float (&d)[kCount]) {
         uint left[2][kSteps][4], places[2];
         for (uint i = 0; i < at.count; ++i) {
             PhaseBarrier::wait(at.full(turn.slot), turn.parity);
@@ -382,7 +392,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
             turn.next();
         }
         WgmmaGroup::wait<0>();
-        Wgmma<T, kTokens>::hold(d);
+        Wgmma<T, kCount * 2>::hold(d);
         release(at, turn.before());
     }
 
@@ -426,8 +436,9 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
     }
 
     // Every simdgroup has whole sums: they are rounded at once and, 16 tokens at a time, turned to rows of y.
+    template <uint kCount>
     static void write(thread const Arguments& a, thread const Place& at, Epilogue epilogue,
-                      thread const float (&power)[2], thread const float (&d)[kTokens / 2]) {
+                      thread const float (&power)[2], thread const float (&d)[kCount]) {
         const uint lane = at.lane, first = at.first + at.along_n * 16;
         // rows of 32 bytes, whose 16-byte chunk c lies at c ^ row / 4 % 2
         const uint outputs = at.stages + kStages * kStage + at.simdgroup * 512,
@@ -436,7 +447,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         const uint token = lane / 2, from = outputs + token * 32 + ((lane ^ token / 4) % 2 << 4);
         device T* y = a.y + ulong(at.token + token) * a.N + first + lane % 2 * 8;
 #pragma unroll
-        for (uint j = 0; j < kTiles; j += 2) {
+        for (uint j = 0; j < kCount / 4; j += 2) {
             uint v[4];
 #pragma unroll
             for (uint i = 0; i < 4; ++i) { // 8 tokens i / 2, 8 rows i % 2
@@ -459,7 +470,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
 
     // Which matrix instruction: a function that is not chosen is not compiled.
     struct FewTokens {};
-    struct ManyTokens {};
+    template <uint kCount> struct ManyTokens {}; // so many sums a thread
 
     static void finish(FewTokens, thread const Arguments& a, thread const Place& at, Tiles, thread Turn& turn,
                        Epilogue epilogue) {
@@ -494,11 +505,12 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         add(a, at, epilogue);
     }
 
-    static void finish(ManyTokens, thread const Arguments& a, Place at, Tiles tiles, thread Turn& turn,
-                       Epilogue epilogue) {
-        float d[kTokens / 2], inverse[2];
+    template <uint kCount>
+    static void finish(ManyTokens<kCount>, thread const Arguments& a, Place at, Tiles tiles,
+                       thread Turn& turn, Epilogue epilogue) {
+        float d[kCount], inverse[2];
 #pragma unroll
-        for (uint i = 0; i < kTokens / 2; ++i) d[i] = 0;
+        for (uint i = 0; i < kCount; ++i) d[i] = 0;
 #pragma unroll
         for (uint h = 0; h < 2; ++h) {
             inverse[h] = inverted(a.powers[min(at.first + at.along_n * 16 + at.lane / 4 + h * 8, a.N - 1)]);
@@ -520,7 +532,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         if (kWhole) return write(a, at, epilogue, power, d);
         meet(); // all stages have been read
 #pragma unroll
-        for (uint c = 0; c < kTiles; ++c) {
+        for (uint c = 0; c < kCount / 4; ++c) {
             float v[4];
 #pragma unroll
             for (uint e = 0; e < 4; ++e) v[e] = d[4 * c + e] * power[e / 2];
@@ -534,6 +546,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         Place at;
         at.first = where.tgid.x * kRows; // until it moves
         at.token = where.tgid.y * kTokens;
+        at.halved = false;
         at.rank = kSplit > 1 ? where.tgid.z : 0;
         const uint begin = stages * at.rank / kSplit;
         at.k = begin * kDepth;
@@ -568,9 +581,15 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         Turn turn = {0, 0};
         do {
             at.move(tiles);
-            finish(conditional_t<kFew, FewTokens, ManyTokens>(), a, at, tiles, turn, epilogue);
+            if (at.halved) break;
+            finish(conditional_t<kFew, FewTokens, ManyTokens<kTokens / 2>>(), a, at, tiles, turn, epilogue);
             tiles.next();
         } while (kWhole && tiles.more());
+        for (; Tiles::kHalves && tiles.more(); tiles.next()) {
+            at.move(tiles);
+            finish(conditional_t<kFew, FewTokens, ManyTokens<Tiles::kHalf / 2>>(), a, at, tiles, turn,
+                   epilogue);
+        }
     }
 };
 template <typename W, typename T, typename Schedule, typename Epilogue>
