@@ -1,4 +1,4 @@
-"""Tables of measured choices: which kernel ``linear`` or ``linear_packed`` runs where somebody has timed it.
+"""Tables of measured choices: which kernel an op of ``OPS`` runs where somebody has timed it.
 
 A table belongs to a kind of device. The user's own (`metal-marlin tune`, `with tune():`) is read before the one that
 ships with the package; METAL_MARLIN_TUNED names another file, or is "off". Without an entry `plan` decides.
@@ -24,7 +24,8 @@ from metal_marlin.ops.weights import KEYS
 from metal_marlin.runtime.cache import default_directory
 
 VERSION = 1
-OPS = ("linear", "linear_packed")  # each a section of a table
+OPS = ("linear", "linear_packed", "linear_packed_sparse")  # each a section of a table
+Choices = dict[str, dict[int, str]]  # problem -> tokens measured -> kernel, or ``LIBRARY``
 LIBRARY = "dequantize"  # in place of a kernel: decode W into memory, torch multiplies
 _ENV = "METAL_MARLIN_TUNED"
 _SHIPPED = Path(__file__).parent.parent / "tables"
@@ -48,21 +49,15 @@ class Problem:
 
 @dataclass
 class Table:
-    """Choices for one kind of device: problem -> tokens measured -> kernel, or ``LIBRARY``. ``choices`` are those of
-    ``linear``, ``packed`` those of ``linear_packed``."""
+    """Choices for one kind of device, by op."""
 
     device: str
-    choices: dict[str, dict[int, str]] = field(default_factory=dict)
     about: dict[str, str] = field(default_factory=dict)
-    packed: dict[str, dict[int, str]] = field(default_factory=dict)
-
-    def section(self, op: str) -> dict[str, dict[int, str]]:
-        """The choices of an op."""
-        return {"linear": self.choices, "linear_packed": self.packed}[op]
+    sections: dict[str, Choices] = field(default_factory=lambda: {op: {} for op in OPS})
 
     def choice(self, problem: Problem, M: int, op: str = "linear") -> str | None:
         """What was fastest for the next larger number of tokens measured; None beyond the largest, or without any."""
-        found = self.section(op).get(str(problem))
+        found = self.sections[op].get(str(problem))
         if not found or M < 1:
             return None
         tokens = sorted(found)
@@ -71,16 +66,14 @@ class Table:
 
     def put(self, problem: Problem, M: int, kernel: str, op: str = "linear") -> None:
         """Note that ``kernel`` is fastest for M tokens."""
-        self.section(op).setdefault(str(problem), {})[M] = kernel
+        self.sections[op].setdefault(str(problem), {})[M] = kernel
 
     def save(self, path: Path) -> None:
         """Write the table, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         data: dict[str, Any] = {"version": VERSION, "device": self.device, "about": self.about}
-        for op in OPS:
-            data[op] = {
-                name: {str(m): k for m, k in sorted(of.items())} for name, of in sorted(self.section(op).items())
-            }
+        for op, section in self.sections.items():
+            data[op] = {name: {str(m): k for m, k in sorted(of.items())} for name, of in sorted(section.items())}
         text = json.dumps(data, indent=1)
         with whole_file(path) as file:
             file.write_text(text + "\n", encoding="utf-8")
@@ -94,9 +87,12 @@ class Table:
                 raise MetalMarlinError(
                     f"{path}: is a table of version {data['version']}, this is {VERSION}; tune again"
                 )
-            data.setdefault("linear_packed", {})  # tables had none at first
-            sections = [{n: {int(m): str(k) for m, k in of.items()} for n, of in data[op].items()} for op in OPS]
-            return Table(str(data["device"]), sections[0], dict(data["about"]), sections[1])
+            found = {op: data[op] if op == "linear" else data.get(op, {}) for op in OPS}  # the first had no other
+            sections = {
+                op: {name: {int(m): str(k) for m, k in of.items()} for name, of in section.items()}
+                for op, section in found.items()
+            }
+            return Table(str(data["device"]), dict(data["about"]), sections)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise MetalMarlinError(f"{path}: is no table of tuned choices ({error}); delete it or tune again") from None
 

@@ -199,7 +199,7 @@ class Session:
     ) -> Measured | None:
         device = next(t.device for t in held if t is not None)
         table = self._table(device)
-        if table.section(op).get(str(p), {}).get(M) is not None:
+        if table.sections[op].get(str(p), {}).get(M) is not None:
             return None
         x = torch.randn(M, p.K, generator=torch.Generator().manual_seed(M)).to(p.dtype).to(device)
         size = sum(t.nbytes for t in held if t is not None)

@@ -179,10 +179,10 @@ def test_wrong_results_of_tiles_have_no_time(monkeypatch: pytest.MonkeyPatch) ->
         session.measure_packed(PROBLEM, 8, w.codes, w.scales, w.powers, None, 64)
 
 
-def test_tables_without_tiles_are_read(folder: Path) -> None:
+def test_tables_with_fewer_sections_are_read(folder: Path) -> None:
     (folder / "t.json").write_text('{"version": 1, "device": "a", "about": {}, "linear": {"b": {"1": "c"}}}')
     table = Table.load(folder / "t.json")
-    assert (table.choices, table.packed) == ({"b": {1: "c"}}, {})
+    assert table.sections == {"linear": {"b": {1: "c"}}, "linear_packed": {}, "linear_packed_sparse": {}}
 
 
 def test_a_little_faster_is_not_enough(timer: dict[str, float]) -> None:
@@ -323,14 +323,14 @@ def test_shipped_tables_name_kernels_that_exist() -> None:
     for path in shipped.glob("*.json"):
         table = Table.load(path)
         assert table.device == path.stem
-        for name, choices in table.choices.items():
+        for name, choices in table.sections["linear"].items():
             format, zeros, dtype, _, size = name.split("-")
             assert zeros in codec(format).zero_kinds
             assert dtype in KEYS.values()
             assert len(size.split("x")) == 2
             assert set(choices) <= set(tuning.TOKENS)
             assert set(choices.values()) <= known
-        for name, choices in table.packed.items():
+        for name, choices in table.sections["linear_packed"].items():
             format, zeros, dtype, scale, size = name.split("-")
             N, K = map(int, size.split("x"))
             assert set(choices) <= set(tuning.TOKENS)
@@ -347,8 +347,8 @@ def test_command(timer: dict[str, float], folder: Path) -> None:
     assert run(8) == [GEMM]
     result = CliRunner().invoke(app, [*words, "--out", str(folder / "t.json"), "--format", "int4:point"])
     assert "int4-point-half-half-48x256 on cpu" in result.output
-    assert Table.load(folder / "t.json").choices.keys() == {"int4-point-half-half-48x256"}
-    assert Table.load(folder / "t.json").packed == {}  # a CPU's layers hold the canonical order
+    assert Table.load(folder / "t.json").sections["linear"].keys() == {"int4-point-half-half-48x256"}
+    assert Table.load(folder / "t.json").sections["linear_packed"] == {}  # a CPU's layers hold the canonical order
 
 
 def test_command_for_operand_order(timer: dict[str, float], folder: Path) -> None:
@@ -365,7 +365,7 @@ def test_command_for_operand_order(timer: dict[str, float], folder: Path) -> Non
     )
     assert json.loads(result.output[result.output.index("[") :])[0]["problem"] == "int4-point-half-half-48x256"
     assert "int4-packed-half-half-24x64: left out" in result.output
-    assert Table.load(out).packed.keys() == {"int4-point-half-half-48x256"}
+    assert Table.load(out).sections["linear_packed"].keys() == {"int4-point-half-half-48x256"}
 
 
 @pytest.mark.parametrize(
