@@ -10,89 +10,23 @@ import torch
 
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec, operands
-from metal_marlin.ops import product, tuned
+from metal_marlin.ops import packed_plan, product, tuned
 from metal_marlin.ops.dequantize import dequantize
-from metal_marlin.ops.gemm_tiles import MULTIPROCESSORS, Tile, multiprocessors
+from metal_marlin.ops.gemm_tiles import Tile
 from metal_marlin.ops.linear_decode_cases import Case
 from metal_marlin.ops.marlin_gemm import is_hopper
+from metal_marlin.ops.packed_plan import Rows
 from metal_marlin.ops.packed_tiles import TILES
 from metal_marlin.ops.selfcheck import product_check
 from metal_marlin.ops.spec import Check, OpSpec
-from metal_marlin.ops.weights import KEYS, library, plan_kind, read_row, row_name
+from metal_marlin.ops.weights import library, read_row
 from metal_marlin.runtime.dispatch import dispatch_kernel
 from metal_marlin.runtime.tensor_map import NONE, blocked_map, group_map, strip_map
 
 FAMILY = "packed_gemm.metal"
 FORMATS = ("fp4", "mxfp4", "nvfp4", "int4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2", "int2", "int3", "nf3")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a call runs: row, grid, threads, its tile."""
-
-    kernel: str
-    threadgroups: tuple[int, int, int]
-    threads: int
-    tile: str
-
-
-def has_rows(dtype: torch.dtype, scale_dtype: torch.dtype, format: str) -> bool:
-    """Whether there are rows for x and scales of these dtypes."""
-    if format not in FORMATS or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    return codec(format).scale_kind != "float" or dtype == scale_dtype
-
-
-@functools.lru_cache(maxsize=4096)
-def plan(
-    M: int,
-    N: int,
-    K: int,
-    dtype: torch.dtype,
-    scale_dtype: torch.dtype,
-    format: str = "fp4",
-    zeros: str = "none",
-    kernel: str | None = None,
-    multiprocessors: int = MULTIPROCESSORS,
-) -> Plan:
-    """The row and grid for x [M, K]; ``kernel`` asks for a tile, such as "packed_gemm_fp4__m32x8".
-    Raises ArgumentError for what has no row."""
-    base, _, tile = (kernel or f"packed_gemm_{format}").partition("__m")
-    if not has_rows(dtype, scale_dtype, format) or zeros == "packed":
-        raise ArgumentError(
-            f"linear_packed: x is {dtype}, scales {scale_dtype}, format {format!r}, zeros {zeros!r}; it takes "
-            f"torch.float16 and torch.bfloat16, scales alike, {', '.join(FORMATS)}, zeros none, point and bias"
-        )
-    if base != f"packed_gemm_{format}" or (tile and tile not in TILES):
-        raise ArgumentError(
-            f"linear_packed: kernel is {kernel!r}; tiles of packed_gemm_{format} are {', '.join(TILES)}"
-        )
-    tile = tile or TILES.fastest(M, N, K)
-    row = row_name("linear_packed", base, (base,), dtype, scale_dtype, format, zeros, tile)
-    return Plan(row, TILES.threadgroups(tile, M, N, multiprocessors), TILES[tile].threads, tile)
-
-
-@functools.lru_cache(maxsize=8192)
-def chosen(
-    M: int,
-    N: int,
-    K: int,
-    dtype: torch.dtype,
-    scale_dtype: torch.dtype,
-    device: torch.device,
-    format: str,
-    zeros: str,
-) -> Plan:
-    """The plan where nobody asks for a tile: by a table of measured choices (ops/tuned.py), else the tile of least
-    time."""
-    kernel = None
-    if dtype in KEYS:
-        problem = tuned.Problem(format, zeros, dtype, scale_dtype, N, K)
-        kernel = tuned.choice(problem, M, plan_kind(device.type), device.index or 0, "linear_packed")
-    return plan(M, N, K, dtype, scale_dtype, format, zeros, kernel, multiprocessors(device))
-
-
-tuned.caches.append(chosen)
+ROWS = Rows("linear_packed", FAMILY, "packed_gemm", FORMATS, ("none", "point", "bias"), TILES)
+has_rows, plan = ROWS.has, functools.partial(packed_plan.plan, ROWS)
 
 
 def linear_packed_ref(
@@ -229,12 +163,9 @@ def _run(
     out: torch.Tensor,
 ) -> None:
     M, N, K = _check(x, codes, scales, powers, extra, format, zeros, group_size, out)
-    if kernel is None:
-        if tuned.active.session is not None:
-            tuned.active.session.see_packed(x, codes, scales, powers, extra, format, zeros, group_size)
-        p = chosen(max(M, 1), N, K, x.dtype, scales.dtype, x.device, format, zeros)
-    else:
-        p = plan(max(M, 1), N, K, x.dtype, scales.dtype, format, zeros, kernel, multiprocessors(x.device))
+    if kernel is None and tuned.active.session is not None:
+        tuned.active.session.see_packed(x, codes, scales, powers, extra, format, zeros, group_size)
+    p = packed_plan.chosen(ROWS, max(M, 1), N, K, x.dtype, scales.dtype, x.device, format, zeros, kernel)
     if M == 0 or N == 0:
         return
     scales, extra = by_group(scales), extra if extra is None or zeros == "none" else by_group(extra)

@@ -9,47 +9,22 @@ import torch
 
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec, operands, sparse
-from metal_marlin.ops.gemm_tiles import MULTIPROCESSORS, multiprocessors
+from metal_marlin.ops import packed_plan
 from metal_marlin.ops.linear_sparse import Case, check, weights
-from metal_marlin.ops.packed import Plan, addresses, by_group, copies, has_rows, maps_of
+from metal_marlin.ops.packed import addresses, by_group, copies, maps_of
+from metal_marlin.ops.packed_plan import Rows
 from metal_marlin.ops.packed_tiles import SPARSE
 from metal_marlin.ops.selfcheck import rounded_check
 from metal_marlin.ops.spec import Check, OpSpec
-from metal_marlin.ops.weights import library, read_row, row_name
+from metal_marlin.ops.weights import library, read_row
 from metal_marlin.runtime.dispatch import dispatch_kernel
 from metal_marlin.runtime.tensor_map import NONE, strip_map
 
 FAMILY = "packed_sparse.metal"
 FORMATS = ("fp4", "mxfp4", "int4")  # scales of 32 weights at least, no zeros
 _OF = sparse.pattern("2:4")
-
-
-@functools.lru_cache(maxsize=4096)
-def plan(
-    M: int,
-    N: int,
-    K: int,
-    dtype: torch.dtype,
-    scale_dtype: torch.dtype,
-    format: str = "fp4",
-    kernel: str | None = None,
-    multiprocessors: int = MULTIPROCESSORS,
-) -> Plan:
-    """The row and grid for x [M, K]; ``kernel`` asks for a tile, such as "packed_sparse_fp4__m32x8".
-    Raises ArgumentError for what has no row."""
-    base, _, tile = (kernel or f"packed_sparse_{format}").partition("__m")
-    if format not in FORMATS or not has_rows(dtype, scale_dtype, format):
-        raise ArgumentError(
-            f"linear_packed_sparse: x is {dtype}, scales {scale_dtype}, format {format!r}; it takes torch.float16 and "
-            f"torch.bfloat16, scales alike, {', '.join(FORMATS)}"
-        )
-    if base != f"packed_sparse_{format}" or (tile and tile not in SPARSE):
-        raise ArgumentError(
-            f"linear_packed_sparse: kernel is {kernel!r}; tiles of packed_sparse_{format} are {', '.join(SPARSE)}"
-        )
-    tile = tile or SPARSE.fastest(M, N, K)
-    row = row_name("linear_packed_sparse", base, (base,), dtype, scale_dtype, format, "none", tile)
-    return Plan(row, SPARSE.threadgroups(tile, M, N, multiprocessors), SPARSE[tile].threads, tile)
+ROWS = Rows("linear_packed_sparse", FAMILY, "packed_sparse", FORMATS, ("none",), SPARSE)
+plan = functools.partial(packed_plan.plan, ROWS)
 
 
 def linear_packed_sparse_ref(
@@ -123,7 +98,7 @@ def _run(
     kernel: str | None,
 ) -> torch.Tensor:
     M, N, K = _check(x, codes, places, scales, powers, format, group_size)
-    p = plan(max(M, 1), N, K, x.dtype, scales.dtype, format, kernel, multiprocessors(x.device))
+    p = packed_plan.chosen(ROWS, max(M, 1), N, K, x.dtype, scales.dtype, x.device, format, "none", kernel)
     out = x.new_empty((*x.shape[:-1], N))
     if out.numel() == 0:
         return out

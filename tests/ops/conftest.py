@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
+from metal_marlin.ops import packed_plan
 from metal_marlin.ops.linear_decode_cases import Case
 
 _FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
@@ -33,3 +34,15 @@ def _weight(case: Case, codes: torch.Tensor, scales: torch.Tensor, extra: torch.
 
 def _nibbles(words: torch.Tensor) -> torch.Tensor:
     return ((words.long().unsqueeze(-1) >> 4 * torch.arange(8)) & 15).flatten(-2)
+
+
+@pytest.fixture
+def multiprocessors(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Plans of weights in operand order are made for so many."""
+
+    def pretend(count: int) -> None:
+        monkeypatch.setattr(packed_plan, "multiprocessors", lambda _: count)
+        packed_plan.chosen.cache_clear()
+
+    yield pretend
+    packed_plan.chosen.cache_clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -97,9 +98,11 @@ def test_every_tile(case: Case, tile: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tile", [name for name, tile in SPARSE.items() if tile.halves])
 @pytest.mark.parametrize(("M", "count"), [(530, 2), (512, 7), (600, 7)])
-def test_threadgroups_walk(M: int, count: int, tile: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threadgroups_walk(
+    M: int, count: int, tile: str, device: str, multiprocessors: Callable[[int], None]
+) -> None:
     """More tiles than threadgroups; the last ones whole, split in halves, and of few tokens."""
-    monkeypatch.setattr(ordered, "multiprocessors", lambda _: count)
+    multiprocessors(count)
     assert ordered.case_check(Case(M, 400, 320, 64), device, f"packed_sparse_fp4__m{tile}").passed
 
 

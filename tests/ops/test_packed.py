@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -70,11 +71,11 @@ def test_every_tile(case: Case, tile: str) -> None:
 @pytest.mark.parametrize(("M", "count"), [(530, 2), (512, 7), (600, 7), (512, 13)])
 @pytest.mark.parametrize("dtype", HALVES, ids=["half", "bf16"])
 def test_threadgroups_walk(
-    M: int, count: int, dtype: torch.dtype, tile: str, device: str, monkeypatch: pytest.MonkeyPatch
+    M: int, count: int, dtype: torch.dtype, tile: str, device: str, multiprocessors: Callable[[int], None]
 ) -> None:
     """More tiles than threadgroups; the last ones whole, split in halves, and of few tokens."""
     case, kernel = Case(M, 400, 320, 64, dtype), f"packed_gemm_fp4__m{tile}"
-    monkeypatch.setattr(packed_module, "multiprocessors", lambda _: count)
+    multiprocessors(count)
     p = plan(case.M, case.N, case.K, case.dtype, case.dtype, kernel=kernel, multiprocessors=count)
     assert p.threadgroups[0] == min(count * TILES[tile].held, TILES[tile].count(case.M, case.N)), p
     check(case, multiply(case, device, kernel)[0])
