@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
-from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec
 from metal_marlin.ops import linear_decode as _decode
 from metal_marlin.ops import marlin_gemm as _gemm
 from metal_marlin.ops import tuned
 from metal_marlin.ops.dequantize import dequantize
 from metal_marlin.ops.gemm_tiles import has_tiles
-from metal_marlin.ops.product import check, product_ref, register
+from metal_marlin.ops.product import call, check, product_ref, register
 from metal_marlin.ops.weights import KEYS, on_16_bytes, plan_kind
 
 # Most tokens for which reading the weights again for every 8 of them costs less than a tile of the GEMM, by device:
@@ -90,18 +89,7 @@ def linear(
     Differentiable in x (not with ``out``): the gradient is that of the decoded weights.
     Raises ArgumentError naming the argument and the numbers.
     """
-    differentiated = x.requires_grad and torch.is_grad_enabled()
-    if type(x) is torch.Tensor and not differentiated and not torch.compiler.is_compiling():
-        if out is None:  # without torch's dispatcher, which costs as much as a small kernel
-            return _new(x, codes, scales, extra, format, zeros, group_size, kernel)
-        _run(x, codes, scales, extra, format, zeros, group_size, kernel, out)
-        return out
-    if out is not None and differentiated:
-        raise ArgumentError("linear: out is given, and x requires a gradient, which can only flow through a new tensor")
-    if out is None:
-        return torch.ops.metal_marlin.linear(x, codes, scales, extra, format, zeros, group_size, kernel)
-    torch.ops.metal_marlin.linear_out(x, codes, scales, extra, format, zeros, group_size, kernel, out)
-    return out
+    return call("linear", _run, out, x, codes, scales, extra, format, zeros, group_size, kernel)
 
 
 def op_of(kernel: str) -> str:
@@ -194,5 +182,5 @@ def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return (grad @ weight, *(None,) * 7)
 
 
-_new = register("linear", _run)
+register("linear", _run)
 torch.library.register_autograd("metal_marlin::linear", _gradient, setup_context=_keep)

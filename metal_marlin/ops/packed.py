@@ -67,18 +67,8 @@ def linear_packed(
     Differentiable in x (not with ``out``): the gradient is that of the decoded weights.
     Raises ArgumentError naming the argument and the numbers.
     """
-    differentiated = x.requires_grad and torch.is_grad_enabled()
-    args = (x, codes, scales, powers, extra, format, zeros, group_size, kernel)
-    if out is not None and differentiated:
-        raise ArgumentError("linear_packed: out is given, and x requires a gradient, which flows through new tensors")
-    if type(x) is torch.Tensor and not differentiated and not torch.compiler.is_compiling():
-        out = x.new_empty((*x.shape[:-1], codes.shape[0])) if out is None else out
-        _run(*args, out)  # without torch's dispatcher, which costs as much as a small kernel
-        return out
-    if out is None:
-        return torch.ops.metal_marlin.linear_packed(*args)
-    torch.ops.metal_marlin.linear_packed_out(*args, out)
-    return out
+    more = (scales, powers, extra, format, zeros, group_size, kernel)
+    return product.call("linear_packed", _run, out, x, codes, *more)
 
 
 def _check(
@@ -93,13 +83,16 @@ def _check(
     out: torch.Tensor | None = None,
 ) -> tuple[int, int, int]:
     M, N, K = product.check("linear_packed", x, codes, scales, extra, format, zeros, group_size, out)
-    if N % 16 or K % 64:
-        raise ArgumentError(f"linear_packed: W is [{N}, {K}]; the layout takes N % 16 = 0 and K % 64 = 0")
-    if powers.shape != (N,) or powers.dtype != torch.float32:
-        raise ArgumentError(
-            f"linear_packed: powers is {powers.dtype} {tuple(powers.shape)}; needs torch.float32 {(N,)}"
-        )
+    check_order("linear_packed", N, K, powers)
     return M, N, K
+
+
+def check_order(op: str, N: int, K: int, powers: torch.Tensor) -> None:
+    """Raises ArgumentError, in the name of ``op``, for W [N, K] and powers that cannot be in operand order."""
+    if N % 16 or K % 64:
+        raise ArgumentError(f"{op}: W is [{N}, {K}]; the layout takes N % 16 = 0 and K % 64 = 0")
+    if powers.shape != (N,) or powers.dtype != torch.float32:
+        raise ArgumentError(f"{op}: powers is {powers.dtype} {tuple(powers.shape)}; needs torch.float32 {(N,)}")
 
 
 def copies(device: torch.device) -> bool:
@@ -185,18 +178,6 @@ def _run(
     )
 
 
-def _new(*args: Any) -> torch.Tensor:
-    x, codes = args[:2]
-    out: torch.Tensor = x.new_empty((*x.shape[:-1], codes.shape[0]))
-    _run(*args, out)  # type: ignore[call-arg]
-    return out
-
-
-def _fake(x: torch.Tensor, codes: torch.Tensor, *more: Any) -> torch.Tensor:
-    _check(x, codes, *more[:-1])
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
-
-
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     _, codes, scales, _, extra, *ctx.said, _ = inputs
     ctx.save_for_backward(codes, scales, extra)
@@ -211,18 +192,13 @@ def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return (grad @ weight, *(None,) * 8)
 
 
-_torch = torch.library.Library("metal_marlin", "FRAGMENT")
-_ARGUMENTS = (
+product.register(
+    "linear_packed",
+    _run,
     "Tensor x, Tensor codes, Tensor scales, Tensor powers, Tensor? extra, str format, str zeros, int group_size, "
-    "str? kernel"
+    "str? kernel",
+    _check,
 )
-_torch.define(f"linear_packed({_ARGUMENTS}) -> Tensor")
-_torch.define(f"linear_packed_out({_ARGUMENTS}, Tensor(a!) out) -> ()")
-for _device in ("CPU", "CUDA", "MPS"):
-    _torch.impl("linear_packed", _new, _device)
-    _torch.impl("linear_packed_out", _run, _device)
-torch.library.register_fake("metal_marlin::linear_packed", _fake, lib=_torch)
-torch.library.register_fake("metal_marlin::linear_packed_out", lambda *_: None, lib=_torch)
 torch.library.register_autograd("metal_marlin::linear_packed", _gradient, setup_context=_keep)
 
 

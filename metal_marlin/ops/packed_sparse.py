@@ -9,9 +9,9 @@ import torch
 
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec, operands, sparse
-from metal_marlin.ops import packed_plan
+from metal_marlin.ops import packed_plan, product
 from metal_marlin.ops.linear_sparse import Case, check, weights
-from metal_marlin.ops.packed import addresses, by_group, copies, maps_of
+from metal_marlin.ops.packed import addresses, by_group, check_order, copies, maps_of
 from metal_marlin.ops.packed_plan import Rows
 from metal_marlin.ops.packed_tiles import SPARSE
 from metal_marlin.ops.selfcheck import rounded_check
@@ -53,16 +53,19 @@ def linear_packed_sparse(
     *,
     format: str = "fp4",
     kernel: str | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y [..., N] = x [..., K] · Wᵀ with 2:4 sparse weights in the layout "mma16" of ``SparseTensor.prepack``.
 
     x: half or bfloat16, contiguous, K a multiple of 64. codes int32 [N, K / 16], places int32 [N, K / 32], scales
     (x's dtype, or bytes) of groups of 32 or more, powers float32 [N]: the packed tensor's, N a multiple of 16. kernel:
-    a tile, for measurements. Sums are float32, y is rounded once. Made for the sparse matrix instructions of CUDA
-    devices of compute capability 9.0; others compute it by plain code. Differentiable in x. Raises ArgumentError naming
-    the argument and the numbers.
+    a tile, for measurements; out: where to write. Sums are float32, y is rounded once. Made for the sparse matrix
+    instructions of CUDA devices of compute capability 9.0; others compute it by plain code. The tile that runs is
+    chosen as ``linear_packed`` does. Differentiable in x (not with ``out``). Raises ArgumentError naming the argument
+    and the numbers.
     """
-    return torch.ops.metal_marlin.linear_packed_sparse(x, codes, places, scales, powers, format, group_size, kernel)
+    more = (places, scales, powers, format, group_size, kernel)
+    return product.call("linear_packed_sparse", _run, out, x, codes, *more)
 
 
 def _check(
@@ -73,17 +76,13 @@ def _check(
     powers: torch.Tensor,
     format: str,
     group_size: int,
+    out: torch.Tensor | None = None,
 ) -> tuple[int, int, int]:
     M, N, K = check("linear_packed_sparse", x, codes, places, scales, None, _OF, format, "none", group_size)
-    if N % 16 or K % 64 or (group_size < 32):
-        raise ArgumentError(
-            f"linear_packed_sparse: W is [{N}, {K}], group_size = {group_size}; the layout takes N % 16 = 0, "
-            f"K % 64 = 0 and groups of 32 or more"
-        )
-    if powers.shape != (N,) or powers.dtype != torch.float32:
-        raise ArgumentError(
-            f"linear_packed_sparse: powers is {powers.dtype} {tuple(powers.shape)}; needs torch.float32 {(N,)}"
-        )
+    check_order("linear_packed_sparse", N, K, powers)
+    if group_size < 32:
+        raise ArgumentError(f"linear_packed_sparse: group_size = {group_size}; the layout takes groups of 32 or more")
+    product.check_out("linear_packed_sparse", x, N, out)
     return M, N, K
 
 
@@ -96,12 +95,12 @@ def _run(
     format: str,
     group_size: int,
     kernel: str | None,
-) -> torch.Tensor:
-    M, N, K = _check(x, codes, places, scales, powers, format, group_size)
+    out: torch.Tensor,
+) -> None:
+    M, N, K = _check(x, codes, places, scales, powers, format, group_size, out)
     p = packed_plan.chosen(ROWS, max(M, 1), N, K, x.dtype, scales.dtype, x.device, format, "none", kernel)
-    out = x.new_empty((*x.shape[:-1], N))
-    if out.numel() == 0:
-        return out
+    if M == 0 or N == 0:
+        return
     scales, maps, tile = by_group(scales), 5 * NONE, SPARSE[p.tile]
     if copies(x.device):
         x = x.clone() if x.data_ptr() % 16 else x
@@ -119,12 +118,6 @@ def _run(
         threads_per_threadgroup=p.threads,
         args=(x, codes, places, scales, powers, out, shape, maps),
     )
-    return out
-
-
-def _fake(x: torch.Tensor, codes: torch.Tensor, *more: Any) -> torch.Tensor:
-    _check(x, codes, *more[:-1])
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -142,14 +135,12 @@ def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return (grad @ weight, *(None,) * 7)
 
 
-_torch = torch.library.Library("metal_marlin", "FRAGMENT")
-_torch.define(
-    "linear_packed_sparse(Tensor x, Tensor codes, Tensor places, Tensor scales, Tensor powers, str format, "
-    "int group_size, str? kernel) -> Tensor"
+product.register(
+    "linear_packed_sparse",
+    _run,
+    "Tensor x, Tensor codes, Tensor places, Tensor scales, Tensor powers, str format, int group_size, str? kernel",
+    _check,
 )
-for _device in ("CPU", "CUDA", "MPS"):
-    _torch.impl("linear_packed_sparse", _run, _device)
-torch.library.register_fake("metal_marlin::linear_packed_sparse", _fake, lib=_torch)
 torch.library.register_autograd("metal_marlin::linear_packed_sparse", _gradient, setup_context=_keep)
 
 

@@ -11,7 +11,7 @@ import torch
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec
 
-# (x, codes, scales, extra, format, zeros, group_size, kernel, out); the second without out
+# (x, codes, … , kernel, out): x, tensors of the weights, what they are; the second without out
 Run = Callable[..., None]
 New = Callable[..., torch.Tensor]
 
@@ -77,14 +77,37 @@ def check(
     if given != more:
         said = ["None" if e is None else f"{e[1]} {e[0]}" for e in (given, more)]
         raise ArgumentError(f"{op}: extra is {said[0]}; {format} with zeros = {zeros!r} needs {said[1]}")
-    if out is not None and (out.shape != (*x.shape[:-1], N) or out.dtype != x.dtype):
-        raise ArgumentError(f"{op}: out is {out.dtype} {tuple(out.shape)}; needs {x.dtype} {(*x.shape[:-1], N)}")
+    check_out(op, x, N, out)
     return x.numel() // K, N, K
 
 
-def register(op: str, run: Run) -> New:
+def check_out(op: str, x: torch.Tensor, N: int, out: torch.Tensor | None) -> None:
+    """Raises ArgumentError where ``out`` is given and cannot be y [..., N]."""
+    if out is not None and (out.shape != (*x.shape[:-1], N) or out.dtype != x.dtype):
+        raise ArgumentError(f"{op}: out is {out.dtype} {tuple(out.shape)}; needs {x.dtype} {(*x.shape[:-1], N)}")
+
+
+def call(op: str, run: Run, out: torch.Tensor | None, x: torch.Tensor, codes: torch.Tensor, *more: Any) -> torch.Tensor:
+    """y of an op that ``register`` made, in ``out`` or a new tensor: for a plain tensor without a gradient by ``run``
+    itself, since torch's dispatcher costs as much as a small kernel. Raises ArgumentError for ``out`` with a
+    gradient."""
+    differentiated = x.requires_grad and torch.is_grad_enabled()
+    if out is not None and differentiated:
+        raise ArgumentError(f"{op}: out is given, and x requires a gradient, which flows through new tensors")
+    if type(x) is torch.Tensor and not differentiated and not torch.compiler.is_compiling():
+        out = x.new_empty((*x.shape[:-1], codes.shape[0])) if out is None else out
+        run(x, codes, *more, out)
+        return out
+    if out is None:
+        return getattr(torch.ops.metal_marlin, op)(x, codes, *more)
+    getattr(torch.ops.metal_marlin, f"{op}_out")(x, codes, *more, out)
+    return out
+
+
+def register(op: str, run: Run, arguments: str = _ARGUMENTS, sizes: Callable[..., Any] | None = None) -> New:
     """Tell torch of ``metal_marlin::<op>`` and ``<op>_out``, which ``run`` computes into its last argument; returns the
-    first as a function."""
+    first as a function. ``sizes`` checks all arguments but the kernel, as ``check`` does."""
+    checked = sizes or functools.partial(check, op)
 
     def new(x: torch.Tensor, codes: torch.Tensor, *more: Any) -> torch.Tensor:
         out = x.new_empty((*x.shape[:-1], codes.shape[0]))
@@ -92,11 +115,11 @@ def register(op: str, run: Run) -> New:
         return out
 
     def fake(x: torch.Tensor, codes: torch.Tensor, *more: Any) -> torch.Tensor:
-        check(op, x, codes, *more[:-1])
+        checked(x, codes, *more[:-1])
         return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
-    _torch.define(f"{op}({_ARGUMENTS}) -> Tensor")
-    _torch.define(f"{op}_out({_ARGUMENTS}, Tensor(a!) out) -> ()")
+    _torch.define(f"{op}({arguments}) -> Tensor")
+    _torch.define(f"{op}_out({arguments}, Tensor(a!) out) -> ()")
     for key in ("CPU", "CUDA", "MPS"):
         _torch.impl(op, new, key)
         _torch.impl(f"{op}_out", run, key)

@@ -11,8 +11,10 @@ import torch
 import metal_marlin.ops.packed as packed_module
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec, operands
+from metal_marlin.ops import linear_sparse, packed_sparse
 from metal_marlin.ops.linear_decode_cases import Case
 from metal_marlin.ops.packed import CASES, FORMATS, linear_packed, packed, plan
+from metal_marlin.ops.packed_sparse import linear_packed_sparse
 from metal_marlin.ops.packed_tiles import TILES
 from metal_marlin.ops.product import product_ref
 from metal_marlin.runtime.counters import counters
@@ -146,3 +148,76 @@ def test_gradient(format: str, device: str) -> None:
     exact = given.double().cpu() @ codec(format).decode(codes, scales, extra, 64, "none")
     assert x.grad is not None
     assert (x.grad.double().cpu() - exact).norm() <= 2e-3 * exact.norm()
+
+
+Call = Callable[..., torch.Tensor]
+
+
+def of_both(op: str, device: str = "cpu", M: int = 3) -> tuple[torch.Tensor, Call, tuple[Any, ...]]:
+    """x [M, 128], the product with a W [32, 128], and what torch's op takes after x."""
+    if op == "linear_packed":
+        x, w = packed(Case(M, 32, 128, 64), device)
+        tensors = (w.codes, w.scales, w.powers)
+        return x, lambda x, **more: linear_packed(x, *tensors, 64, **more), (*tensors, None, "fp4", "none", 64, None)
+    x, *kept = packed_sparse.packed(linear_sparse.Case(M, 32, 128, 64), device)
+    return x, lambda x, **more: linear_packed_sparse(x, *kept, 64, **more), (*kept, "fp4", 64, None)
+
+
+BOTH = ["linear_packed", "linear_packed_sparse"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", BOTH)
+def test_where_to_write(op: str, device: str) -> None:
+    x, call, _ = of_both(op, device, 6)
+    x, y = x.view(2, 3, 128), call(x)
+    out = torch.full_like(y.view(2, 3, 32), torch.nan)
+    assert call(x, out=out) is out
+    assert torch.equal(out.view(6, 32), y)
+    parameter = torch.nn.Parameter(x)
+    assert call(parameter).requires_grad
+    with torch.no_grad():
+        assert call(parameter, out=out.zero_()) is out  # by torch's dispatcher
+        assert torch.equal(call(parameter), out)
+    assert torch.equal(out.view(6, 32), y)
+    for wrong, words in ((out.float(), "out is torch.float32"), (out[:1], r"out is torch.float16 \(1, 3, 32\)")):
+        with pytest.raises(ArgumentError, match=f"{op}: {words}"):
+            call(x, out=wrong)
+    with pytest.raises(ArgumentError, match=f"{op}: out is given, and x requires a gradient"):
+        call(parameter, out=out)
+    assert call(x[:0]).shape == (0, 3, 32)
+
+
+@pytest.mark.parametrize("op", BOTH)
+def test_plain_tensors_pass_by_torchs_dispatcher(op: str) -> None:
+    x, call, _ = of_both(op)
+
+    def calls(x: torch.Tensor) -> bool:
+        with torch.profiler.profile() as profile:
+            call(x)
+        return any(event.name == f"metal_marlin::{op}" for event in profile.events())
+
+    assert not calls(x)
+    assert calls(x.requires_grad_())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", BOTH)
+def test_is_an_op_to_torch(op: str, device: str) -> None:
+    x, _, more = of_both(op, device)
+    checks = ("test_schema", "test_faketensor")
+    plain, out = (getattr(torch.ops.metal_marlin, name).default for name in (op, f"{op}_out"))
+    torch.library.opcheck(plain, (x, *more), test_utils=(*checks, "test_autograd_registration"))
+    torch.library.opcheck(out, (x, *more, x.new_empty(3, 32)), test_utils=checks)
+
+
+@pytest.mark.parametrize("op", BOTH)
+def test_compiles_as_one_graph(op: str) -> None:
+    x, call, _ = of_both(op)
+
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(3, 32, dtype=x.dtype)
+        return call(x * 2) + call(x, out=out)
+
+    with torch.no_grad():
+        assert torch.equal(torch.compile(twice, fullgraph=True, backend="aot_eager")(x), twice(x))
