@@ -111,13 +111,14 @@ def tune(
     group: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
     tokens: Annotated[list[int] | None, typer.Option(help="Numbers of tokens; all powers of two to 4096.")] = None,
     layout: Annotated[list[str] | None, typer.Option(help="Of W: canonical, mma16; those that layers hold.")] = None,
+    sparse: Annotated[bool, typer.Option("--sparse", help="Weights are 2:4 sparse, in layout mma16.")] = False,
     out: Annotated[Path | None, typer.Option(dir_okay=False, help="The table; the user's for the device.")] = None,
     json: AsJson = False,
 ) -> None:
     """Time the kernels that a product with quantised weights may run; use the fastest unless METAL_MARLIN_TUNED=off."""
     from metal_marlin.cli import tune as command
 
-    raise typer.Exit(command.run(model, shape, device, format, dtype, group, tokens, layout, out, json))
+    raise typer.Exit(command.run(model, shape, device, format, dtype, group, tokens, layout, sparse, out, json))
 
 
 @app.command("compile")

@@ -11,9 +11,8 @@ import torch
 from metal_marlin.cli.console import console, print_json, print_table
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import CANONICAL, MMA16, codec, operands
-from metal_marlin.ops.explain import prepacked
+from metal_marlin.ops import packed, packed_sparse
 from metal_marlin.ops.marlin_gemm import is_hopper
-from metal_marlin.ops.packed import has_rows
 from metal_marlin.ops.tuned import Problem
 from metal_marlin.ops.tuning import TOKENS, Measured, Session, tune_shape
 from metal_marlin.ops.weights import KEYS
@@ -31,6 +30,7 @@ def run(
     group: int,
     tokens: list[int] | None,
     layouts: list[str] | None,
+    sparse: bool,
     out: Path | None,
     as_json: bool,
 ) -> int:
@@ -46,6 +46,8 @@ def run(
         raise ArgumentError(f"--tokens {wrong_tokens[0]}: measured are {', '.join(map(str, TOKENS))}")
     if wrong_layouts := [name for name in layouts or [] if name not in (CANONICAL, MMA16)]:
         raise ArgumentError(f"--layout {wrong_layouts[0]}: it is {CANONICAL} or {MMA16}")
+    if sparse and CANONICAL in (layouts or []):
+        raise ArgumentError(f"--layout {CANONICAL}: of sparse weights {MMA16} alone has kernels to choose from")
     where = torch.device(str(resolve_device(device or None)))
     session = Session(out)
     written: list[Path] = []
@@ -53,7 +55,7 @@ def run(
         for format in formats:
             for dtype in dtypes:
                 for N, K in dict.fromkeys(sizes):
-                    _shape(session, format, names[dtype], N, K, group, tokens, layouts, where, as_json)
+                    _shape(session, format, names[dtype], N, K, group, tokens, layouts, sparse, where, as_json)
     finally:
         written = session.save()
     if as_json:
@@ -72,39 +74,42 @@ def _shape(
     group: int,
     tokens: list[int],
     layouts: list[str] | None,
+    sparse: bool,
     device: torch.device,
     quiet: bool,
 ) -> None:
     name, _, zeros = format.partition(":")
     form = codec(name)
     zeros = zeros or form.zero_kinds[0]
-    groups = [g for g in (group, *form.groups) if g in form.groups]
+    groups = [g for g in (group, *form.groups) if g in form.groups and not (sparse and g < operands.SPARSE_GROUP)]
     if not groups or K % form.per_word:
-        console.print(f"{N}x{K}: left out, {name} has no such K")
+        console.print(f"{N}x{K}: left out, {name} has no such K or groups")
         return
     scales = dtype if form.scale_kind == "float" else form.scale_dtypes[0]
     problem = Problem(name, zeros, dtype, scales, N, K)
-    for layout in layouts or _held(problem, device):
-        if layout == MMA16 and not (has_rows(dtype, scales, name) and operands.fits(form, N, K)):
+    rows = packed_sparse.ROWS if sparse else packed.ROWS
+    for layout in [MMA16] if sparse else layouts or _held(problem, device):
+        if layout == MMA16 and not rows.take(problem):
             console.print(f"{problem}: left out, it has no rows in layout {MMA16}")
             continue
-        rows = []
+        op = rows.op if layout == MMA16 else "linear"
+        lines = []
         for M in tokens:
-            found = tune_shape(session, problem, M, groups[0], device, layout)
+            found = tune_shape(session, op, problem, M, groups[0], device)
             if found is not None:
                 best, rest = found.times[found.chosen], sorted(found.times.items(), key=lambda item: item[1])
                 others = ", ".join(f"{k} {t:.1f}" for k, t in rest if k != found.chosen)
-                rows.append([str(M), found.chosen, f"{best:.1f}", others])
-        if rows and not quiet:
-            console.print(f"{problem} on {device}{'' if layout == CANONICAL else f', layout {layout}'}")
-            print_table(["tokens", "kernel", "µs", "others"], rows, right=("tokens", "µs"), whole="kernel")
+                lines.append([str(M), found.chosen, f"{best:.1f}", others])
+        if lines and not quiet:
+            said = "" if layout == CANONICAL else f", {'2:4 sparse, ' if sparse else ''}layout {layout}"
+            console.print(f"{problem} on {device}{said}")
+            print_table(["tokens", "kernel", "µs", "others"], lines, right=("tokens", "µs"), whole="kernel")
 
 
 def _held(p: Problem, device: torch.device) -> list[str]:
     """The layouts that layers may hold the weight in."""
     hopper = device.type == "cuda" and is_hopper(device.index or 0)
-    packs = prepacked(p.N, p.K, p.format, p.dtype, p.scale_dtype, hopper)
-    return [CANONICAL, *([MMA16] if packs else [])]
+    return [CANONICAL, *([MMA16] if hopper and packed.ROWS.take(p) else [])]
 
 
 def _row(found: Measured) -> dict[str, object]:

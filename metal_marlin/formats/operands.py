@@ -26,6 +26,8 @@ _FEW_AXES = (_AXES[4][0], (0, 3, 2, 6, 4, 5, 1, 7))  # of two and three bits: a 
 # Of FP4's codes i and i + 4 of a word, the bits of its halves where their signs are and where their sizes begin.
 _SIGNS, _SIZES = (15, 12, 14, 13), (9, 6, 3, 0)
 
+SPARSE_GROUP = 32  # weights of a group, at least, of sparse weights in operand order
+
 
 def _signs_apart(words: torch.Tensor) -> torch.Tensor:
     """Words of FP4 codes in the order of a matrix instruction's numbers."""
@@ -137,6 +139,11 @@ def _powers(form: Codec, scales: torch.Tensor, biases: torch.Tensor | None) -> t
     if biases is not None:
         most = torch.maximum(most, biases.double().abs().amax(1))
     return torch.ldexp(torch.ones_like(most), torch.frexp(most).exponent.clamp(-126, 126)).float()
+
+
+def kernel_zeros(zeros: str) -> str:
+    """What kernels find of a weight's zeros."""
+    return "point" if zeros == "packed" else zeros
 
 
 def fits(form: Codec, N: int, K: int) -> bool:

@@ -160,7 +160,7 @@ def _run(
     K = x.shape[-1] if x.ndim else 0  # of wrong shapes any op may say so
     M, N = x.numel() // K if K else 0, codes.shape[0] if codes.ndim else 0
     if tuned.active.session is not None:
-        tuned.active.session.see(x, codes, scales, extra, format, zeros, group_size)
+        tuned.active.session.see("linear", x, codes, scales, (extra,), format, zeros, group_size)
     problem = (M, N, K, x.dtype, scales.dtype, x.device, format, zeros)
     op, chosen = _chosen(*problem, True)
     if chosen is not None and "__m" in chosen and not on_16_bytes(x, codes):

@@ -199,6 +199,12 @@ torch.library.register_fake("metal_marlin::linear_sparse", _fake, lib=_torch)
 torch.library.register_autograd("metal_marlin::linear_sparse", _gradient, setup_context=_keep)
 
 
+def random_kept(N: int, K: int, of: Pattern) -> torch.Tensor:
+    """Which weights of W [N, K] are kept, at random."""
+    order = torch.rand(N, K // of.of, of.of, generator=torch.Generator().manual_seed(1)).argsort(-1)
+    return (order < of.kept).flatten(1)
+
+
 @dataclass(frozen=True)
 class Case:
     """x [M, K] · W [N, K]ᵀ, W in ``format``, n of every m kept, scales in x's dtype or of the format's own."""
@@ -225,8 +231,7 @@ class Case:
         """x, codes, places, scales, extra; which weights are kept is random."""
         x, codes, scales, extra = self.dense.tensors()
         of = pattern(self.of)
-        order = torch.rand(self.N, self.K // of.of, of.of, generator=torch.Generator().manual_seed(1)).argsort(-1)
-        codes, places = sparse.compress(codec(self.format), of, codes, (order < of.kept).flatten(1))
+        codes, places = sparse.compress(codec(self.format), of, codes, random_kept(self.N, self.K, of))
         more = None if extra is None else extra.to(device)
         return x.to(device), codes.to(device), places.to(device), scales.to(device), more
 

@@ -157,7 +157,7 @@ def _run(
 ) -> None:
     M, N, K = _check(x, codes, scales, powers, extra, format, zeros, group_size, out)
     if kernel is None and tuned.active.session is not None:
-        tuned.active.session.see_packed(x, codes, scales, powers, extra, format, zeros, group_size)
+        tuned.active.session.see("linear_packed", x, codes, scales, (powers, extra), format, zeros, group_size)
     p = packed_plan.chosen(ROWS, max(M, 1), N, K, x.dtype, scales.dtype, x.device, format, zeros, kernel)
     if M == 0 or N == 0:
         return
@@ -216,8 +216,8 @@ class Packed:
 def packed(case: Case, device: str = "cpu") -> tuple[torch.Tensor, Packed]:
     """x and W of a case."""
     x, codes, scales, extra = case.tensors(device)
-    zeros = "point" if case.zeros == "packed" else case.zeros
-    return x, Packed(*operands.pack(codec(case.format), codes, scales, extra, case.zeros), zeros)
+    tensors = operands.pack(codec(case.format), codes, scales, extra, case.zeros)
+    return x, Packed(*tensors, operands.kernel_zeros(case.zeros))
 
 
 def _of_case(case: Case, device: str, kernel: str | None) -> Check:

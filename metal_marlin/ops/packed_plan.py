@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from metal_marlin.errors import ArgumentError
-from metal_marlin.formats import codec
+from metal_marlin.formats import codec, operands
 from metal_marlin.ops import tuned
 from metal_marlin.ops.gemm_tiles import MULTIPROCESSORS, multiprocessors
 from metal_marlin.ops.packed_tiles import Tiles
@@ -41,6 +41,11 @@ class Rows:
         if format not in self.formats or zeros not in self.zeros or dtype not in (torch.float16, torch.bfloat16):
             return False
         return codec(format).scale_kind != "float" or dtype == scale_dtype
+
+    def take(self, p: tuned.Problem) -> bool:
+        """Whether W can be in operand order and there are rows for it then."""
+        zeros = operands.kernel_zeros(p.zeros)
+        return self.has(p.dtype, p.scale_dtype, p.format, zeros) and operands.fits(codec(p.format), p.N, p.K)
 
     def kernel(self, format: str, tile: str) -> str:
         """What asks for a tile, such as "packed_gemm_fp4__m32x8"."""

@@ -9,7 +9,7 @@ import torch
 
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec, operands, sparse
-from metal_marlin.ops import packed_plan, product
+from metal_marlin.ops import packed_plan, product, tuned
 from metal_marlin.ops.linear_sparse import Case, check, weights
 from metal_marlin.ops.packed import addresses, by_group, check_order, copies, maps_of
 from metal_marlin.ops.packed_plan import Rows
@@ -80,8 +80,9 @@ def _check(
 ) -> tuple[int, int, int]:
     M, N, K = check("linear_packed_sparse", x, codes, places, scales, None, _OF, format, "none", group_size)
     check_order("linear_packed_sparse", N, K, powers)
-    if group_size < 32:
-        raise ArgumentError(f"linear_packed_sparse: group_size = {group_size}; the layout takes groups of 32 or more")
+    if group_size < operands.SPARSE_GROUP:
+        least = operands.SPARSE_GROUP
+        raise ArgumentError(f"linear_packed_sparse: group_size = {group_size}; the layout takes {least} or more")
     product.check_out("linear_packed_sparse", x, N, out)
     return M, N, K
 
@@ -98,6 +99,8 @@ def _run(
     out: torch.Tensor,
 ) -> None:
     M, N, K = _check(x, codes, places, scales, powers, format, group_size, out)
+    if kernel is None and tuned.active.session is not None:
+        tuned.active.session.see(ROWS.op, x, codes, scales, (places, powers), format, "none", group_size)
     p = packed_plan.chosen(ROWS, max(M, 1), N, K, x.dtype, scales.dtype, x.device, format, "none", kernel)
     if M == 0 or N == 0:
         return

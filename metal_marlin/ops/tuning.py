@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from metal_marlin._version import __version__
-from metal_marlin.errors import CompilerNotFound, MetalMarlinError
-from metal_marlin.formats import CANONICAL, codec, operands
-from metal_marlin.ops import linear as _linear
-from metal_marlin.ops import linear_decode as _decode
-from metal_marlin.ops import marlin_gemm as _gemm
-from metal_marlin.ops import packed as _packed
-from metal_marlin.ops import packed_tiles, tuned
-from metal_marlin.ops.gemm_tiles import TILES, has_tiles
-from metal_marlin.ops.product import product_ref
-from metal_marlin.ops.tuned import LIBRARY, Problem, Table
-from metal_marlin.ops.weights import library, random_weights
+from metal_marlin.errors import MetalMarlinError
+from metal_marlin.formats import operands
+from metal_marlin.ops import tuned
+from metal_marlin.ops.candidates import OPS, Weights
+from metal_marlin.ops.tuned import Problem, Table
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _ROTATED = 256 << 20  # bytes of weights read before the same ones come again: more than caches hold
@@ -34,11 +24,7 @@ _COPIES = 16
 _ROUNDS, _SECONDS = 7, 0.02  # of a candidate; each round at least so long
 _GAIN = 0.98  # a candidate replaces what is planned where it takes at most so much of its time
 _LIMITS = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-5}
-_FEW = 64  # tokens up to which matrix-vector kernels are candidates
-_SLOWER, _LATER = 1.6, 3.0  # a tile is a candidate up to so many times the least fitted time, or so many µs more
 _RECORDED = ((256, 64), (1024, 32))  # up to so many tokens, so many calls in a CUDA graph; beyond, _COPIES
-
-Weights = tuple[Any, ...]  # tensors, or None
 
 
 @dataclass(frozen=True)
@@ -57,47 +43,6 @@ def bucket(M: int) -> int:
     return next((tokens for tokens in TOKENS if tokens >= M), TOKENS[-1])
 
 
-def candidates(problem: Problem, M: int, kind: str, hopper: bool) -> list[str]:
-    """Kernels that may be fastest for x [M, K], what is planned untuned first."""
-    p, name = problem, f"marlin_gemm_{problem.format}"
-    planned = _linear.plan(M, p.N, p.K, p.dtype, p.scale_dtype, kind, p.format, None, hopper)
-    tile = ""
-    if planned == "marlin_gemm":
-        aligned = p.K % 32 == 0
-        plan = functools.partial(_gemm.plan, hopper=hopper, aligned=aligned)
-        tile = plan(M, p.N, p.K, p.dtype, p.scale_dtype, kind, p.format, p.zeros).tile
-    decode = _decode.kernel_for(M, kind, p.format)
-    first = {"linear_decode": decode, "marlin_gemm": f"{name}__m{tile}" if tile else name}.get(planned, LIBRARY)
-    found = [first, name, *([decode] if M <= _FEW else [])]
-    if kind != "cpu":  # where they are the same code
-        if p.format == "fp4":
-            found += [f"{name}{variant}" for variant in ("_single_stage", "_3stage")]
-        if p.dtype == p.scale_dtype != torch.float32:
-            named = [k for k, of in _gemm.NAMED.items() if of.format == p.format and not (of.copies and p.K % 32)]
-            found += [kernel for kernel in named if not kernel.endswith("_fp32acc")]
-    if kind == "cuda" and p.K % 32 == 0 and has_tiles(p.dtype, p.scale_dtype, p.format):
-        tiles = [t for t in TILES.values() if t.tokens <= 4 * M and 8 * t.tokens >= M and hopper >= t.hopper]
-        found += [f"{name}__m{t}" for t in tiles]
-    if kind == "cuda" and M > _FEW // 4:
-        found.append(LIBRARY)
-    return list(dict.fromkeys(found))
-
-
-def packed_candidates(problem: Problem, M: int) -> list[str]:
-    """Tiles of ``linear_packed`` that may be fastest for x [M, K], what is planned untuned first: not much too large or
-    small, nor far slower by their fitted times, which are those of one format."""
-    p, tiles = problem, packed_tiles.TILES
-    first = tiles.fastest(M, p.N, p.K)
-    least = tiles[first].time(M, p.N, p.K)
-    suit = [
-        name
-        for name, tile in tiles.items()
-        if tile.tokens <= max(16, 4 * M) and (tile.tokens >= 128 or 4 * tile.tokens >= M)
-    ]
-    found = [first, *(name for name in suit if tiles[name].time(M, p.N, p.K) <= max(_SLOWER * least, least + _LATER))]
-    return [f"packed_gemm_{p.format}__m{name}" for name in dict.fromkeys(found)]
-
-
 class Session:
     """Times candidates and fills a table; one a device."""
 
@@ -108,96 +53,26 @@ class Session:
 
     def see(
         self,
-        x: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        extra: torch.Tensor | None,
-        format: str,
-        zeros: str,
-        group_size: int,
-    ) -> None:
-        """A call of ``linear``: its sizes are measured, with its weights, unless they are in the table already."""
-        if self._sees(x):
-            problem = Problem(format, zeros, x.dtype, scales.dtype, codes.shape[0], x.shape[-1])
-            self.measure(problem, bucket(x.numel() // x.shape[-1]), codes, scales, extra, group_size)
-
-    def see_packed(
-        self,
-        x: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        powers: torch.Tensor,
-        extra: torch.Tensor | None,
-        format: str,
-        zeros: str,
-        group_size: int,
-    ) -> None:
-        """A call of ``linear_packed``, likewise."""
-        if self._sees(x):
-            problem = Problem(format, zeros, x.dtype, scales.dtype, codes.shape[0], x.shape[-1])
-            self.measure_packed(problem, bucket(x.numel() // x.shape[-1]), codes, scales, powers, extra, group_size)
-
-    def _sees(self, x: torch.Tensor) -> bool:
-        return not (self._busy or x.numel() == 0 or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
-
-    def measure(
-        self, p: Problem, M: int, codes: torch.Tensor, scales: torch.Tensor, extra: torch.Tensor | None, group_size: int
-    ) -> Measured | None:
-        """Time every kernel that ``linear`` may run and note the fastest; None if it is known. Raises MetalMarlinError
-        if a candidate's result is wrong."""
-        kind, index = codes.device.type, codes.device.index or 0
-
-        def names() -> list[str]:
-            return candidates(p, M, kind, kind == "cuda" and _gemm.is_hopper(index))
-
-        def run(kernel: str, x: torch.Tensor, weights: Weights, out: torch.Tensor) -> None:
-            words, by, more = weights
-            asked = None if kernel == LIBRARY else kernel
-            _linear._RUNS[_linear.op_of(kernel)](x, words, by, more, p.format, p.zeros, group_size, asked, out)
-
-        def reference(x: torch.Tensor, codes: Any, scales: Any, extra: Any) -> torch.Tensor:
-            return product_ref(x, codes, scales, group_size, format=p.format, zeros=p.zeros, extra=extra)
-
-        return self._measure("linear", p, M, (codes, scales, extra), names, run, reference)
-
-    def measure_packed(
-        self,
-        p: Problem,
-        M: int,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        powers: torch.Tensor,
-        extra: torch.Tensor | None,
-        group_size: int,
-    ) -> Measured | None:
-        """The same for ``linear_packed``, weights in operand order; the problem's zeros are the kernel's."""
-
-        def names() -> list[str]:
-            if codes.is_cuda:
-                _compile_tiles(p, str(codes.device))
-            return packed_candidates(p, M)
-
-        def run(kernel: str, x: torch.Tensor, weights: Weights, out: torch.Tensor) -> None:
-            words, by, of_rows, more = weights
-            _packed._run(x, words, by, of_rows, more, p.format, p.zeros, group_size, kernel, out)
-
-        def reference(x: torch.Tensor, codes: Any, scales: Any, powers: Any, extra: Any) -> torch.Tensor:
-            options = {"format": p.format, "zeros": p.zeros, "extra": extra}
-            return _packed.linear_packed_ref(x, codes, scales, powers, group_size, **options)
-
-        return self._measure("linear_packed", p, M, (codes, scales, powers, extra), names, run, reference)
-
-    def _measure(
-        self,
         op: str,
-        p: Problem,
-        M: int,
-        held: Weights,
-        candidates: Callable[[], list[str]],
-        run: Callable[[str, torch.Tensor, Weights, torch.Tensor], None],
-        reference: Callable[..., torch.Tensor],
-    ) -> Measured | None:
-        device = next(t.device for t in held if t is not None)
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        more: Weights,
+        format: str,
+        zeros: str,
+        group_size: int,
+    ) -> None:
+        """A call of an op: its sizes are measured, with its weights, unless they are in the table already."""
+        if self._busy or x.numel() == 0 or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        problem = Problem(format, zeros, x.dtype, scales.dtype, codes.shape[0], x.shape[-1])
+        self.measure(op, problem, bucket(x.numel() // x.shape[-1]), (codes, scales, *more), group_size)
+
+    def measure(self, op: str, p: Problem, M: int, held: Weights, group_size: int) -> Measured | None:
+        """Time every kernel that an op may run and note the fastest; None if it is known. Zeros of the problem are the
+        kernel's. Raises MetalMarlinError if a candidate's result is wrong."""
+        of = OPS[op]
+        device = held[0].device
         table = self._table(device)
         if table.sections[op].get(str(p), {}).get(M) is not None:
             return None
@@ -208,13 +83,14 @@ class Session:
         out = torch.empty(M, p.N, dtype=p.dtype, device=device)
 
         def timed(name: str) -> float:
-            return _time(lambda i: run(name, x, weights[i % len(weights)], out), out, want, name)
+            return _time(lambda i: of.run(p, group_size, name, out, x, *weights[i % len(weights)]), out, want, name)
 
         self._busy = True
         try:
-            names = candidates()
+            names = of.candidates(p, M, device)
             place = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
-            want = reference(x[:16].to(place), *(None if t is None else t.to(place) for t in held)).cpu()
+            placed = (None if t is None else t.to(place) for t in held)
+            want = of.reference(p, group_size, x[:16].to(place), *placed).cpu()
             times = {name: timed(name) for name in names}
         finally:
             self._busy = False
@@ -306,21 +182,11 @@ def _time_recorded(call: Callable[[int], None], out: torch.Tensor) -> float:
     return 1e3 * statistics.median(samples)
 
 
-@functools.lru_cache(maxsize=256)
-def _compile_tiles(p: Problem, device: str) -> None:
-    """Compile the rows of all tiles at once, as many at a time as there are processors."""
-    of = library(_packed.FAMILY, device)
-    sizes = (1, p.N, p.K, p.dtype, p.scale_dtype, p.format, p.zeros)
-    rows = [_packed.plan(*sizes, f"packed_gemm_{p.format}__m{tile}").kernel for tile in packed_tiles.TILES]
-    with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.suppress(CompilerNotFound):  # a launch will say so
-        list(pool.map(of.compile, rows))
-
-
 @contextlib.contextmanager
 def tune(path: str | Path | None = None) -> Iterator[Session]:
-    """Within the block, ``linear`` and ``linear_packed`` (and what is built on them) measure their kernels for every
-    new weight and number of tokens, in this thread. At the end the table is written, to ``path`` or the user's place
-    for the device, and used.
+    """Within the block, ``linear``, ``linear_packed`` and ``linear_packed_sparse`` (and what is built on them) measure
+    their kernels for every new weight and number of tokens, in this thread. At the end the table is written, to
+    ``path`` or the user's place for the device, and used.
 
     Numbers of tokens are rounded up to ``TOKENS``. Sizes already in the table are not measured again. Raises
     MetalMarlinError for a table that cannot be read.
@@ -335,29 +201,10 @@ def tune(path: str | Path | None = None) -> Iterator[Session]:
 
 
 def tune_shape(
-    session: Session, problem: Problem, M: int, group_size: int, device: torch.device, layout: str = CANONICAL
+    session: Session, op: str, problem: Problem, M: int, group_size: int, device: torch.device
 ) -> Measured | None:
-    """Measure for random weights of these sizes in a layout; None if the table has them."""
-    if layout == CANONICAL:
-        return session.measure(problem, bucket(M), *_weights(problem, group_size, device), group_size)
-    p = replace(problem, zeros="point") if problem.zeros == "packed" else problem
-    return session.measure_packed(p, bucket(M), *_packed_weights(problem, group_size, device), group_size)
-
-
-@functools.lru_cache(maxsize=1)
-def _weights(
-    p: Problem, group_size: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    form = codec(p.format)
-    scales = p.scale_dtype if form.scale_kind == "float" else form.scale_dtypes[0]
-    rng = torch.Generator().manual_seed(0)
-    words, by, extra = random_weights(p.format, p.N, p.K, group_size, scales, p.zeros, rng)
-    return words.to(device), by.to(device), None if extra is None else extra.to(device)
-
-
-@functools.lru_cache(maxsize=1)
-def _packed_weights(
-    p: Problem, group_size: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    codes, scales, extra, powers = operands.pack(codec(p.format), *_weights(p, group_size, device), p.zeros)
-    return codes, scales, powers, extra
+    """Measure an op for random weights of these sizes; None if the table has them."""
+    weights = OPS[op].weights(problem, group_size, device)
+    if op != "linear":
+        problem = replace(problem, zeros=operands.kernel_zeros(problem.zeros))
+    return session.measure(op, problem, bucket(M), weights, group_size)

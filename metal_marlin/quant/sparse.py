@@ -99,9 +99,9 @@ class SparseTensor:
 
     def fits(self, layout: str = MMA16) -> bool:
         """Whether the tensor can be in that layout."""
-        N, K = self.shape
-        plain = self.zeros == "none" and codec(self.format).scale_kind != "e4m3" and self.group_size >= 32
-        return layout == MMA16 and self.pattern == "2:4" and plain and N > 0 and N % 16 == 0 and K % 64 == 0
+        form = codec(self.format)
+        plain = self.zeros == "none" and form.scale_kind != "e4m3" and self.group_size >= operands.SPARSE_GROUP
+        return layout == MMA16 and self.pattern == "2:4" and plain and operands.fits(form, *self.shape)
 
     def prepack(self, layout: str = MMA16) -> SparseTensor:
         """The tensor in operand order, as ``linear_packed_sparse`` takes it, or in canonical order. Raises

@@ -7,6 +7,8 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,13 +20,16 @@ from metal_marlin.cli.tune import model_shapes
 from metal_marlin.errors import MetalMarlinError
 from metal_marlin.formats import codec
 from metal_marlin.nn.linear import QuantLinear
-from metal_marlin.ops import packed, packed_tiles, tuned, tuning
+from metal_marlin.nn.sparse import SparseLinear
+from metal_marlin.ops import candidates, linear_sparse, packed, packed_sparse, packed_tiles, tuned, tuning
 from metal_marlin.ops.explain import explain
 from metal_marlin.ops.gemm_tiles import fastest
 from metal_marlin.ops.linear import linear
 from metal_marlin.ops.marlin_gemm import Case
+from metal_marlin.ops.packed_plan import Rows, plan
 from metal_marlin.ops.tuned import Problem, Table
 from metal_marlin.ops.weights import KEYS
+from metal_marlin.quant import prune_2_4, quantize_sparse
 from metal_marlin.runtime.counters import counters, reset_counters
 from metal_marlin.runtime.library import MetalKernelLibrary
 
@@ -32,7 +37,8 @@ HALF = torch.float16
 PROBLEM = Problem("fp4", "none", HALF, HALF, 48, 256)
 DECODE, GEMM = "decode_gemv_fp4_batched", "marlin_gemm_fp4"
 FIRST = f"packed_gemm_fp4__m{packed_tiles.TILES.fastest(8, 48, 256)}"
-OTHER = next(k for k in tuning.packed_candidates(PROBLEM, 8) if k != FIRST)
+OTHER = next(k for k in candidates.of_tiles(packed.ROWS, PROBLEM, 8) if k != FIRST)
+SPARSE, SPARSE_OTHER, *_ = candidates.of_tiles(packed_sparse.ROWS, PROBLEM, 8)
 SCALES = {word: dtype for dtype, word in KEYS.items()} | {"own": torch.uint8}
 Timer = Callable[..., float]
 
@@ -69,6 +75,13 @@ def run_packed(M: int, compiled: bool = False) -> list[str]:
     args = (x, w.codes, w.scales, w.powers, 64)
     reset_counters()
     (torch.compile(packed.linear_packed, backend="eager") if compiled else packed.linear_packed)(*args)
+    return list(counters())
+
+
+def run_sparse(M: int, out: bool = False) -> list[str]:
+    x, *w = packed_sparse.packed(linear_sparse.Case(M, 48, 256, 64))
+    reset_counters()
+    packed_sparse.linear_packed_sparse(x, *w, 64, out=x.new_empty(M, 48) if out else None)
     return list(counters())
 
 
@@ -112,6 +125,20 @@ def test_a_table_decides_tiles(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert run_packed(8) == [FIRST]
 
 
+def test_a_table_decides_tiles_of_sparse_weights() -> None:
+    assert run_sparse(8) == [SPARSE]
+    table = Table(tuned.device_key("cpu"))
+    table.put(PROBLEM, 8, OTHER, "linear_packed")
+    table.put(PROBLEM, 8, SPARSE_OTHER, "linear_packed_sparse")
+    table.save(tuned.user_path(table.device))
+    tuned.forget()
+    assert [run_sparse(8), run_sparse(3, out=True), run_packed(8)] == [[SPARSE_OTHER], [SPARSE_OTHER], [OTHER]]
+    x, *w = packed_sparse.packed(linear_sparse.Case(8, 48, 256, 64))
+    reset_counters()
+    packed_sparse.linear_packed_sparse(x, *w, 64, kernel=SPARSE)
+    assert list(counters()) == [SPARSE]
+
+
 def test_another_size_is_planned() -> None:
     table = Table(tuned.device_key("cpu"))
     for other in (Problem("fp4", "none", HALF, HALF, 49, 256), Problem("int4", "none", HALF, HALF, 48, 256)):
@@ -144,17 +171,41 @@ def test_tune_measures_tiles(timer: dict[str, float], folder: Path) -> None:
         run_packed(8)
     (found,) = session.measured
     assert (found.op, found.M, found.chosen) == ("linear_packed", 8, OTHER)
-    assert found.times == {k: timer.get(k, 10.0) for k in tuning.packed_candidates(PROBLEM, 8)}
+    assert found.times == {k: timer.get(k, 10.0) for k in candidates.of_tiles(packed.ROWS, PROBLEM, 8)}
     assert run_packed(8) == [OTHER]
     data = json.loads(tuned.user_path(tuned.device_key("cpu")).read_text())
     assert data["linear_packed"] == {"fp4-none-half-half-48x256": {"8": OTHER}}
     assert data["linear"] == {}
 
 
+@pytest.mark.parametrize("format", packed_sparse.FORMATS)
+def test_tune_measures_sparse_layers(format: str, timer: dict[str, float], folder: Path) -> None:
+    weight = prune_2_4(torch.randn(32, 128, generator=torch.Generator().manual_seed(0)))
+    layer = SparseLinear(quantize_sparse(weight, "2:4", format, 32, scale_dtype=HALF)).prepack()
+    problem = Problem(format, "none", HALF, layer.weight_scale.dtype, 32, 128)
+    planned, tile, *_ = found = candidates.of_tiles(packed_sparse.ROWS, problem, 32)
+    timer[tile] = 1.0
+    x = torch.ones(24, 128, dtype=HALF)
+    with metal_marlin.tune() as session:
+        layer(x)
+    assert [(m.op, m.M, m.chosen) for m in session.measured] == [("linear_packed_sparse", 32, tile)]
+    assert session.measured[0].times == {k: timer.get(k, 10.0) for k in found}
+    reset_counters()
+    layer(x)
+    assert list(counters()) == [tile]
+    data = json.loads(tuned.user_path(tuned.device_key("cpu")).read_text())
+    assert data["linear_packed_sparse"] == {str(problem): {"32": tile}}
+    assert data["linear"] == data["linear_packed"] == {}
+    timer[planned] = 0.5  # in the table already
+    with metal_marlin.tune() as session:
+        layer(x)
+    assert session.measured == []
+
+
 @pytest.mark.parametrize("format", ["nvfp4", "int4"])
 def test_tune_measures_layers_in_operand_order(format: str, timer: dict[str, float]) -> None:
     layer = QuantLinear.from_linear(torch.nn.Linear(128, 32, bias=False, dtype=HALF), format).prepack()
-    planned, tile, *_ = tuning.packed_candidates(Problem(format, "none", HALF, HALF, 32, 128), 32)
+    planned, tile, *_ = candidates.of_tiles(packed.ROWS, Problem(format, "none", HALF, HALF, 32, 128), 32)
     assert planned != tile
     timer[tile] = 1.0
     with metal_marlin.tune() as session:
@@ -166,17 +217,27 @@ def test_times_of_tiles_are_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_SECONDS", 1e-4)
     with metal_marlin.tune() as session:
         run_packed(16)
-    assert session.measured[0].times.keys() == set(tuning.packed_candidates(PROBLEM, 16))
+    assert session.measured[0].times.keys() == set(candidates.of_tiles(packed.ROWS, PROBLEM, 16))
     assert all(0 < t < 1e6 for t in session.measured[0].times.values())
 
 
-def test_wrong_results_of_tiles_have_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = packed._run
-    monkeypatch.setattr(packed, "_run", lambda *args: [real(*args), args[-1].mul_(1.5)])
-    _, w = packed.packed(Case(8, 48, 256, 64))
-    session = tuning.Session()
-    with pytest.raises(MetalMarlinError, match=f"{FIRST}: wrong result"):
-        session.measure_packed(PROBLEM, 8, w.codes, w.scales, w.powers, None, 64)
+@pytest.mark.parametrize(
+    ("op", "module", "first"), [("linear_packed", packed, FIRST), ("linear_packed_sparse", packed_sparse, SPARSE)]
+)
+def test_wrong_results_of_tiles_have_no_time(op: str, module: Any, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = module._run
+    monkeypatch.setattr(module, "_run", lambda *args: [real(*args), args[-1].mul_(1.5)])
+    with pytest.raises(MetalMarlinError, match=f"{first}: wrong result"):
+        tuning.tune_shape(tuning.Session(), op, PROBLEM, 8, 64, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("rows", [packed.ROWS, packed_sparse.ROWS], ids=lambda rows: rows.op)
+def test_rows_of_all_tiles_are_compiled_at_once(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(candidates, "library", lambda *_: SimpleNamespace(compile=compiled.append))
+    candidates.compile_tiles(rows, PROBLEM, "somewhere")
+    assert sorted(compiled) == sorted(rows.kernel("fp4", tile) for tile in rows.tiles)
+    assert set(compiled) <= set(MetalKernelLibrary(rows.family, device="cpu").kernels)
 
 
 def test_tables_with_fewer_sections_are_read(folder: Path) -> None:
@@ -274,28 +335,29 @@ def test_broken_tables(text: str, said: str, folder: Path) -> None:
 
 
 def test_candidates() -> None:
-    assert tuning.candidates(PROBLEM, 8, "cpu", False) == [DECODE, GEMM]
-    assert tuning.candidates(PROBLEM, 128, "cpu", False) == [GEMM]
-    found = tuning.candidates(PROBLEM, 64, "cuda", True)
+    assert candidates.of_linear(PROBLEM, 8, "cpu", False) == [DECODE, GEMM]
+    assert candidates.of_linear(PROBLEM, 128, "cpu", False) == [GEMM]
+    found = candidates.of_linear(PROBLEM, 64, "cuda", True)
     assert found[0] == f"marlin_gemm_fp4__m{fastest(64, PROBLEM.N, PROBLEM.K, hopper=True)}"
     assert {GEMM, DECODE, "marlin_gemm_fp4_32x64x32", "marlin_gemm_fp4__m112x16", "dequantize"} <= set(found)
-    assert "marlin_gemm_fp4__m64x64" not in tuning.candidates(PROBLEM, 64, "cuda", False)
-    assert "gemm_fp4_optimized_decode" in tuning.candidates(PROBLEM, 16, "mps", False)
+    assert "marlin_gemm_fp4__m64x64" not in candidates.of_linear(PROBLEM, 64, "cuda", False)
+    assert "gemm_fp4_optimized_decode" in candidates.of_linear(PROBLEM, 16, "mps", False)
 
 
-def test_candidate_tiles() -> None:
-    large = Problem("int8", "none", HALF, HALF, 4096, 4096)
-    tiles = packed_tiles.TILES
+@pytest.mark.parametrize(("rows", "format"), [(packed.ROWS, "int8"), (packed_sparse.ROWS, "int4")], ids=["all", "2:4"])
+def test_candidate_tiles(rows: Rows, format: str) -> None:
+    large = Problem(format, "none", HALF, HALF, 4096, 4096)
+    tiles = rows.tiles
     for M in tuning.TOKENS:
-        first, *more = found = tuning.packed_candidates(large, M)
-        assert first == f"packed_gemm_int8__m{tiles.fastest(M, 4096, 4096)}"
+        first, *more = found = candidates.of_tiles(rows, large, M)
+        assert first == f"{rows.name}_{format}__m{tiles.fastest(M, 4096, 4096)}"
         assert more
         assert len(set(found)) == len(found) < len(tiles)
         times = [tiles[k.partition("__m")[2]].time(M, 4096, 4096) for k in found]
         assert max(times) <= max(1.6 * times[0], times[0] + 3)
         assert min(times) == times[0]
-    assert not any(k.endswith("x256") for k in tuning.packed_candidates(large, 1))
-    assert not any(k.endswith("x8") for k in tuning.packed_candidates(large, 512))
+    assert not any(k.endswith("x256") for k in candidates.of_tiles(rows, large, 1))
+    assert not any(k.endswith("x8") for k in candidates.of_tiles(rows, large, 512))
 
 
 @pytest.mark.cuda
@@ -318,7 +380,9 @@ def test_shipped_tables_name_kernels_that_exist() -> None:
     project = Path(__file__).parents[2] / "pyproject.toml"
     assert '"tables/*.json"' in project.read_text()
     files = ("marlin_gemm.metal", "decode_gemv.metal", "kernels_autotune.metal", "gemm_fp4_optimized.metal")
-    tiles = set(MetalKernelLibrary(packed.FAMILY, device="cpu").kernels)
+    tiled = [
+        (rows, set(MetalKernelLibrary(rows.family, device="cpu").kernels)) for rows in (packed.ROWS, packed_sparse.ROWS)
+    ]
     known = {row for file in files for row in MetalKernelLibrary(file, device="cpu").kernels} | {tuned.LIBRARY}
     for path in shipped.glob("*.json"):
         table = Table.load(path)
@@ -330,12 +394,13 @@ def test_shipped_tables_name_kernels_that_exist() -> None:
             assert len(size.split("x")) == 2
             assert set(choices) <= set(tuning.TOKENS)
             assert set(choices.values()) <= known
-        for name, choices in table.sections["linear_packed"].items():
-            format, zeros, dtype, scale, size = name.split("-")
-            N, K = map(int, size.split("x"))
-            assert set(choices) <= set(tuning.TOKENS)
-            for M, kernel in choices.items():
-                assert packed.plan(M, N, K, SCALES[dtype], SCALES[scale], format, zeros, kernel).kernel in tiles
+        for rows, known_tiles in tiled:
+            for name, choices in table.sections[rows.op].items():
+                format, zeros, dtype, scale, size = name.split("-")
+                sizes = (*map(int, size.split("x")), SCALES[dtype], SCALES[scale])
+                assert set(choices) <= set(tuning.TOKENS)
+                for M, kernel in choices.items():
+                    assert plan(rows, M, *sizes, format, zeros, kernel).kernel in known_tiles
 
 
 def test_command(timer: dict[str, float], folder: Path) -> None:
@@ -368,6 +433,25 @@ def test_command_for_operand_order(timer: dict[str, float], folder: Path) -> Non
     assert Table.load(out).sections["linear_packed"].keys() == {"int4-point-half-half-48x256"}
 
 
+def test_command_for_sparse_weights(timer: dict[str, float], folder: Path) -> None:
+    timer[SPARSE_OTHER] = 5.0
+    words = ["tune", "--shape", "48x256", "--device", "cpu", "--tokens", "8", "--sparse"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "fp4-none-half-half-48x256 on cpu, 2:4 sparse, layout mma16" in result.output
+    assert [run_sparse(8), run_packed(8), run(8)] == [[SPARSE_OTHER], [FIRST], [DECODE]]
+    out = folder / "t.json"
+    more = ["--format", "mxfp4", "--format", "int4", "--format", "int4:point", "--format", "nvfp4", "--format", "int8"]
+    more += ["--group", "16", "--shape", "24x64", "--dtype", "bf16", "--layout", "mma16", "--out", str(out)]
+    result = CliRunner().invoke(app, words + more)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("left out") == 8  # all of 24x64; zeros; groups of 16; 8 bits
+    table = Table.load(out)
+    names = {"mxfp4-none-bf16-own-48x256", "int4-none-bf16-bf16-48x256"}
+    assert table.sections["linear_packed_sparse"].keys() == names
+    assert table.sections["linear_packed"] == {}
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -376,6 +460,7 @@ def test_command_for_operand_order(timer: dict[str, float], folder: Path) -> Non
         (["--shape", "8x8", "--dtype", "int"], "--dtype int"),
         (["--shape", "8x8", "--tokens", "3"], "--tokens 3"),
         (["--shape", "8x8", "--layout", "rows"], "--layout rows"),
+        (["--shape", "8x8", "--layout", "canonical", "--sparse"], "--layout canonical"),
     ],
 )
 def test_bad_input(words: list[str], said: str) -> None:
