@@ -91,12 +91,15 @@ def kernels(
     format: Annotated[str, typer.Option(help="With --plan: of W; format:zeros says the zeros.")] = "fp4",
     dtype: Annotated[str, typer.Option(help="With --plan: of x and the scales: half, bf16, f32.")] = "half",
     layout: Annotated[str, typer.Option(help="With --plan: canonical, mma16; both where layers may hold W so.")] = "",
+    sparse: Annotated[bool, typer.Option("--sparse", help="With --plan: W is 2:4 sparse.")] = False,
 ) -> None:
     """List the kernels that ship with the package, and what each belongs to; or say which ones a product runs."""
     from metal_marlin.cli import kernels as command
 
     if plan is not None:
-        status = command.run_plan(*plan, device=device, format=format, dtype=dtype, layout=layout, as_json=json)
+        status = command.run_plan(
+            *plan, device=device, format=format, dtype=dtype, layout=layout, sparse=sparse, as_json=json
+        )
         raise typer.Exit(status)
     raise typer.Exit(command.run(as_json=json, audit=audit, every=missing))
 

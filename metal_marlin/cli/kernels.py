@@ -32,10 +32,14 @@ def run(*, as_json: bool, audit: Path | None, every: bool = False) -> int:
     return 0
 
 
-def run_plan(M: int, N: int, K: int, *, device: str, format: str, dtype: str, layout: str, as_json: bool) -> int:
-    """Say what ``linear`` and, where layers hold W in operand order, ``linear_packed`` launch. Exit status: 0."""
+def run_plan(
+    M: int, N: int, K: int, *, device: str, format: str, dtype: str, layout: str, sparse: bool, as_json: bool
+) -> int:
+    """Say what a product launches in canonical order and, where layers hold W so, in operand order. Exit status: 0."""
     name, _, zeros = format.partition(":")
-    steps = explain(M, N, K, device=device, format=name, zeros=zeros or "none", dtype=dtype, layout=layout)
+    steps = explain(
+        M, N, K, device=device, format=name, zeros=zeros or "none", dtype=dtype, layout=layout, sparse=sparse
+    )
     if as_json:
         print_json([asdict(step) for step in steps])
     elif not console.is_terminal:

@@ -8,18 +8,33 @@ import torch
 
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import CANONICAL, MMA16, codec, operands
+from metal_marlin.formats.sparse import pattern
 from metal_marlin.msl.target import Target
-from metal_marlin.ops import dequantize, linear, linear_decode, marlin_gemm, packed, tuned
+from metal_marlin.ops import (
+    dequantize,
+    linear,
+    linear_decode,
+    linear_sparse,
+    marlin_gemm,
+    packed,
+    packed_plan,
+    packed_sparse,
+    tuned,
+)
 from metal_marlin.ops.gemm_tiles import MULTIPROCESSORS, multiprocessors
+from metal_marlin.ops.packed_plan import Rows
+from metal_marlin.ops.tuned import Problem
 from metal_marlin.ops.weights import KEYS
 
+_OF = pattern("2:4")
 _MEASURED = "measured on this device"
 _WHY = {
     "linear_decode": "few tokens: time is what reading W takes",
     "marlin_gemm": "tiles of tokens: each weight is decoded once for all of a tile",
     "dequantize": "so many tokens that decoding W into memory for the library's product is faster",
-    "linear_packed": "operand order: the tile of least fitted time",
+    "linear_sparse": "what was kept of W is read, and multiplied as whole rows",
 }
+_FITTED = "operand order: the tile of least fitted time"
 
 
 @dataclass(frozen=True)
@@ -35,28 +50,24 @@ class Step:
 
 @dataclass(frozen=True)
 class _Product:
-    """x [M, K] and W [N, K], and where they are."""
+    """x [M, K] and W, and where they are."""
 
     M: int
-    N: int
-    K: int
-    format: str
-    zeros: str
-    dtype: torch.dtype
-    scales: torch.dtype
+    of: Problem
     kind: str
     hopper: bool
     here: bool
+
+    @property
+    def pool(self) -> int:
+        return torch.get_num_threads() if self.kind == "cpu" else 1
 
     def _index(self) -> int:
         return torch.cuda.current_device() if self.kind == "cuda" else 0
 
     def measured(self, op: str) -> str | None:
         """What a table of this machine names."""
-        if not self.here:
-            return None
-        problem = tuned.Problem(self.format, self.zeros, self.dtype, self.scales, self.N, self.K)
-        return tuned.choice(problem, self.M, self.kind, self._index(), op)
+        return tuned.choice(self.of, self.M, self.kind, self._index(), op) if self.here else None
 
     def multiprocessors(self) -> int:
         """Of this machine's device; of others what tiles are made for."""
@@ -73,9 +84,11 @@ def explain(
     zeros: str = "none",
     dtype: str = "half",
     layout: str = CANONICAL,
+    sparse: bool = False,
 ) -> list[Step]:
     """The launches of ``linear`` for x [M, K] and W [N, K] with 16-byte aligned tensors, scales in x's dtype; with
-    ``layout="mma16"`` those of ``linear_packed``; with ``layout=""`` both, the latter where layers hold W so.
+    ``layout="mma16"`` those of ``linear_packed``; with ``layout=""`` both, the latter where layers hold W so. Of
+    2:4 ``sparse`` W those of ``linear_sparse`` and ``linear_packed_sparse``.
 
     device: cpu, cuda:sm_80, cuda:sm_90a, metal …; "": the best that this machine has. dtype: half, bf16 or f32.
     Raises ArgumentError for sizes, formats, dtypes and layouts that have no row.
@@ -88,51 +101,52 @@ def explain(
     if layout not in ("", CANONICAL, MMA16):
         raise ArgumentError(f"plan: layout is {layout!r}; it is {CANONICAL} or {MMA16}")
     form, number = codec(format), names[dtype]
-    if K % form.per_word:
-        raise ArgumentError(f"plan: K = {K} is no multiple of {form.per_word}, the codes of a word of {format}")
+    unit = _OF.unit if sparse else form.per_word
+    if K % unit:
+        raise ArgumentError(f"plan: K = {K} is no multiple of {unit}, the weights of a word of {format}")
     zeros = form.zero_kinds[0] if zeros == "none" and "none" not in form.zero_kinds else zeros
     scales = number if form.scale_kind == "float" else form.scale_dtypes[0]
-    kind, hopper = _device(device)
-    product = _Product(M, N, K, format, zeros, number, scales, kind, hopper, not device)
-    if layout == MMA16:
-        return _packed(product)
-    both = layout == "" and prepacked(N, K, format, number, scales, hopper)
-    return _canonical(product) + (_packed(product) if both else [])
-
-
-def prepacked(N: int, K: int, format: str, dtype: torch.dtype, scales: torch.dtype, hopper: bool) -> bool:
-    """Whether layers with x of ``dtype`` hold W [N, K] in operand order: on GPUs of compute capability 9.0, where there
-    are rows for it."""
-    return hopper and packed.has_rows(dtype, scales, format) and operands.fits(codec(format), N, K)
+    product = _Product(M, Problem(format, zeros, number, scales, N, K), *_device(device), not device)
+    rows = packed_sparse.ROWS if sparse else packed.ROWS
+    found = [] if layout == MMA16 else _sparse(product) if sparse else _canonical(product)
+    if layout == MMA16 or (layout == "" and product.hopper and rows.take(product.of)):
+        found += _packed(product, rows)
+    return found
 
 
 def _canonical(p: _Product) -> list[Step]:
     kernel = p.measured("linear")
-    sizes = (p.M, p.N, p.K, p.dtype, p.scales, p.kind)
-    pool = torch.get_num_threads() if p.kind == "cpu" else 1
-    op = linear.op_of(kernel) if kernel else linear.plan(*sizes, p.format, None, p.hopper)
+    of, pool = p.of, p.pool
+    sizes = (p.M, of.N, of.K, of.dtype, of.scale_dtype, p.kind)
+    op = linear.op_of(kernel) if kernel else linear.plan(*sizes, of.format, None, p.hopper)
     why = _MEASURED if kernel else _WHY[op]
     if op == "linear_decode":
-        decode = linear_decode.plan(*sizes, pool, kernel, p.format, p.zeros)
+        decode = linear_decode.plan(*sizes, pool, kernel, of.format, of.zeros)
         return [Step(op, decode.kernel, decode.threadgroups, decode.threads, why)]
     if op == "marlin_gemm":
-        gemm = marlin_gemm.plan(*sizes, p.format, p.zeros, pool, kernel, p.hopper, p.K % 32 == 0)
+        gemm = marlin_gemm.plan(*sizes, of.format, of.zeros, pool, kernel, p.hopper, of.K % 32 == 0)
         return [Step(op, gemm.kernel, gemm.threadgroups, gemm.threads, why)]
-    decoded = dequantize.plan(*sizes[1:], pool, None, p.format, p.zeros)
+    decoded = dequantize.plan(*sizes[1:], pool, None, of.format, of.zeros)
     return [
         Step(op, decoded.kernel, decoded.threadgroups, decoded.threads, why),
         Step("torch.mm", "the library's", (), 0, why),
     ]
 
 
-def _packed(p: _Product) -> list[Step]:
-    p = replace(p, zeros="point") if p.zeros == "packed" else p  # in that order they are a number each
-    kernel = p.measured("linear_packed")
-    plan = packed.plan(p.M, p.N, p.K, p.dtype, p.scales, p.format, p.zeros, kernel, p.multiprocessors())
-    if not operands.fits(codec(p.format), p.N, p.K):
-        raise ArgumentError(f"plan: W is [{p.N}, {p.K}]; layout {MMA16} takes N % 16 = 0 and K % 64 = 0")
-    why = _MEASURED if kernel else _WHY["linear_packed"]
-    return [Step("linear_packed", plan.kernel, plan.threadgroups, plan.threads, why)]
+def _sparse(p: _Product) -> list[Step]:
+    of, op = p.of, "linear_sparse"
+    plan = linear_sparse.plan(p.M, of.N, of.dtype, of.scale_dtype, p.kind, of.format, of.zeros, str(_OF), p.pool)
+    return [Step(op, plan.kernel, plan.threadgroups, plan.threads, _WHY[op])]
+
+
+def _packed(p: _Product, rows: Rows) -> list[Step]:
+    of = replace(p.of, zeros=operands.kernel_zeros(p.of.zeros))
+    kernel = replace(p, of=of).measured(rows.op)
+    sizes = (p.M, of.N, of.K, of.dtype, of.scale_dtype)
+    plan = packed_plan.plan(rows, *sizes, of.format, of.zeros, kernel, p.multiprocessors())
+    if not operands.fits(codec(of.format), of.N, of.K):
+        raise ArgumentError(f"plan: W is [{of.N}, {of.K}]; layout {MMA16} takes N % 16 = 0 and K % 64 = 0")
+    return [Step(rows.op, plan.kernel, plan.threadgroups, plan.threads, _MEASURED if kernel else _FITTED)]
 
 
 def _device(text: str) -> tuple[str, bool]:

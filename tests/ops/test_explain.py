@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from metal_marlin.cli.commands import app
 from metal_marlin.errors import ArgumentError
-from metal_marlin.ops import packed
+from metal_marlin.ops import linear_sparse, packed, packed_sparse
 from metal_marlin.ops.explain import explain
 from metal_marlin.ops.linear import linear
 from metal_marlin.ops.marlin_gemm import Case
@@ -52,8 +53,27 @@ def test_of_operand_order_is_what_runs(M: int, name: str, zeros: str, group: int
     assert step.op == "linear_packed"
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["canonical", "mma16"])
+@pytest.mark.parametrize("name", ["fp4", "int4", "mxfp4"])
+@pytest.mark.parametrize("M", [1, 9, 40])
+def test_of_sparse_weights_is_what_runs(M: int, name: str, layout: str, device: str) -> None:
+    case = linear_sparse.Case(M, 48, 256, 32, format=name)
+    where = "cpu" if device == "cpu" else ""
+    (step,) = explain(M, 48, 256, device=where, format=name, layout=layout, sparse=True)
+    reset_counters()
+    if layout == "canonical":
+        x, *w, _ = case.tensors(device)
+        linear_sparse.linear_sparse(x, *w, 32, format=name)
+    else:
+        x, *w = packed_sparse.packed(case, device)
+        packed_sparse.linear_packed_sparse(x, *w, 32, format=name)
+    assert [step.kernel] == list(counters())
+    assert step.op == {"canonical": "linear_sparse", "mma16": "linear_packed_sparse"}[layout]
+
+
 def test_both_layouts_where_layers_may_hold_both() -> None:
-    def of(N: int, K: int, device: str, **options: str) -> list[str]:
+    def of(N: int, K: int, device: str, **options: Any) -> list[str]:
         return [step.op for step in explain(100, N, K, device=device, layout="", **options)]
 
     assert of(4096, 4096, "cuda:sm_90a") == ["marlin_gemm", "linear_packed"]
@@ -61,6 +81,10 @@ def test_both_layouts_where_layers_may_hold_both() -> None:
     assert of(4100, 4096, "cuda:sm_90a") == of(4096, 4128, "cuda:sm_90a") == ["marlin_gemm"]
     assert of(4096, 4096, "cuda:sm_80") == ["dequantize", "torch.mm"]
     assert of(4096, 4096, "cpu") == ["marlin_gemm"]
+    assert of(4096, 4096, "cuda:sm_90a", sparse=True) == ["linear_sparse", "linear_packed_sparse"]
+    assert of(4096, 4096, "cuda:sm_90a", sparse=True, format="nvfp4") == ["linear_sparse"]
+    assert of(4096, 4096, "cuda:sm_90a", sparse=True, format="int4", zeros="packed") == ["linear_sparse"]
+    assert of(4096, 4096, "cpu", sparse=True) == ["linear_sparse"]
 
 
 def test_of_other_devices() -> None:
@@ -84,9 +108,12 @@ def test_of_other_devices() -> None:
         ((1, 8, 8), {"layout": "rows"}, "layout is 'rows'"),
         ((1, 24, 64), {"layout": "mma16"}, r"W is \[24, 64\]"),
         ((1, 16, 64), {"layout": "mma16", "dtype": "f32"}, r"x is torch\.float32"),
+        ((1, 8, 24), {"sparse": True}, "K = 24 is no multiple of 16"),
+        ((1, 16, 64), {"sparse": True, "format": "int8"}, "format 'int8', pattern 2:4"),
+        ((1, 16, 64), {"sparse": True, "format": "nvfp4", "layout": "mma16"}, "fp4, mxfp4, int4"),
     ],
 )
-def test_bad_input(sizes: tuple[int, int, int], options: dict[str, str], said: str) -> None:
+def test_bad_input(sizes: tuple[int, int, int], options: dict[str, Any], said: str) -> None:
     with pytest.raises(ArgumentError, match=said):
         explain(*sizes, device="cpu", **options)
 
@@ -104,4 +131,6 @@ def test_command() -> None:
     ]
     assert call("8", "64", "64", "--device", "cuda:sm_90a", "--layout", "canonical").count("\n") == 1
     assert call("8", "64", "64", "--device", "cpu", "--layout", "mma16").startswith("linear_packed\tpacked_gemm_fp4__m")
+    said = call("512", "4096", "4096", "--device", "cuda:sm_90a", "--sparse").splitlines()
+    assert [line.split("\t")[0] for line in said] == ["linear_sparse", "linear_packed_sparse"]
     assert call("1", "64", "64", "--device", "cpu").startswith("linear_decode\tdecode_gemv_fp4\t")

@@ -133,6 +133,8 @@ def test_a_table_decides_tiles_of_sparse_weights() -> None:
     table.save(tuned.user_path(table.device))
     tuned.forget()
     assert [run_sparse(8), run_sparse(3, out=True), run_packed(8)] == [[SPARSE_OTHER], [SPARSE_OTHER], [OTHER]]
+    (step,) = explain(8, 48, 256, layout="mma16", sparse=True)
+    assert (step.kernel, step.why) == (SPARSE_OTHER, "measured on this device")
     x, *w = packed_sparse.packed(linear_sparse.Case(8, 48, 256, 64))
     reset_counters()
     packed_sparse.linear_packed_sparse(x, *w, 64, kernel=SPARSE)
