@@ -182,6 +182,20 @@ def test_operand_order_is_undone() -> None:
     assert torch.equal(packed.prepack("canonical").codes, good.codes)
 
 
+def test_what_can_be_in_operand_order() -> None:
+    weight = prune_2_4(random(32, 128))
+    for format, more in (("fp4", {}), ("int4", {}), ("mxfp4", {}), ("fp4", {"group_size": 128})):
+        assert quantize_sparse(weight, "2:4", format, **({"group_size": 32} | more)).fits()
+    for format, more in (("nvfp4", {}), ("fp4", {"group_size": 16}), ("int4", {"group_size": 32, "zeros": "point"})):
+        found = quantize_sparse(weight, "2:4", format, **more)
+        assert not found.fits(), found
+        with pytest.raises(ArgumentError, match="groups of 32 or more"):
+            found.prepack()
+    for N, K in ((24, 128), (32, 96), (0, 128)):
+        assert not quantize_sparse(weight.new_zeros(N, K), group_size=32).fits()
+    assert not quantize_sparse(prune_n_m(random(32, 128), 1, 4), "1:4").fits()
+
+
 def layer(of: str = "2:4", K: int = 192, bias: bool = True, dtype: torch.dtype = torch.float16) -> SparseLinear:
     p = pattern(of)
     weight = quantize_sparse(prune_n_m(random(48, K), p.kept, p.of), of, group_size=32, scale_dtype=dtype)
@@ -236,6 +250,8 @@ def test_layer_compiles_takes_views_and_no_tokens(order: str, device: str) -> No
     torch.testing.assert_close(made(x[::3]), y[::3], rtol=2e-3, atol=2e-3)  # fewer tokens: another tile
     shifted = torch.empty(12 * 192 + 1, dtype=x.dtype, device=device)[1:].view(12, 192).copy_(x)
     assert torch.equal(made(shifted), y)
+    with torch.inference_mode():
+        assert torch.equal(made(x), y)
     assert made(x[:0]).shape == (0, 48)
     assert made(x.view(3, 4, 192)[:, :0]).shape == (3, 0, 48)
     x.requires_grad_()
