@@ -98,9 +98,7 @@ def test_every_tile(case: Case, tile: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tile", [name for name, tile in SPARSE.items() if tile.halves])
 @pytest.mark.parametrize(("M", "count"), [(530, 2), (512, 7), (600, 7)])
-def test_threadgroups_walk(
-    M: int, count: int, tile: str, device: str, multiprocessors: Callable[[int], None]
-) -> None:
+def test_threadgroups_walk(M: int, count: int, tile: str, device: str, multiprocessors: Callable[[int], None]) -> None:
     """More tiles than threadgroups; the last ones whole, split in halves, and of few tokens."""
     multiprocessors(count)
     assert ordered.case_check(Case(M, 400, 320, 64), device, f"packed_sparse_fp4__m{tile}").passed
