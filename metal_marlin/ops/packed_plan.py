@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from metal_marlin.errors import ArgumentError
+from metal_marlin.errors import ArgumentError, MetalMarlinError
 from metal_marlin.formats import codec, operands
 from metal_marlin.ops import tuned
 from metal_marlin.ops.gemm_tiles import MULTIPROCESSORS, multiprocessors
@@ -99,6 +99,11 @@ def chosen(
     if kernel is None and dtype in KEYS:
         problem = tuned.Problem(format, zeros, dtype, scale_dtype, N, K)
         kernel = tuned.choice(problem, M, plan_kind(device.type), device.index or 0, of.op)
+        if kernel and kernel not in {of.kernel(format, tile) for tile in of.tiles}:
+            raise MetalMarlinError(
+                f"{of.op}: the table of choices for {device} names {kernel!r} for {problem} and {M} tokens, which "
+                f"this version does not have; tune again"
+            )
     return plan(of, M, N, K, dtype, scale_dtype, format, zeros, kernel, multiprocessors(device))
 
 

@@ -141,6 +141,17 @@ def test_a_table_decides_tiles_of_sparse_weights() -> None:
     assert list(counters()) == [SPARSE]
 
 
+def test_a_table_of_another_version_names_itself() -> None:
+    table = Table(tuned.device_key("cpu"))
+    table.put(PROBLEM, 8, "packed_gemm_fp4__m7x7", "linear_packed")
+    table.save(tuned.user_path(table.device))
+    tuned.forget()
+    with pytest.raises(
+        MetalMarlinError, match=r"the table of choices for cpu names 'packed_gemm_fp4__m7x7' .* tune again"
+    ):
+        run_packed(8)
+
+
 def test_another_size_is_planned() -> None:
     table = Table(tuned.device_key("cpu"))
     for other in (Problem("fp4", "none", HALF, HALF, 49, 256), Problem("int4", "none", HALF, HALF, 48, 256)):
