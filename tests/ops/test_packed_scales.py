@@ -96,3 +96,17 @@ def test_exponents_of_mxfp4(op: str, exponent: int, device: str) -> None:
     number = torch.finfo(torch.bfloat16)
     for y, exact in products(x, weight(op, case, scales, device), device):
         assert ((y - exact).norm(dim=-1) <= 2 * number.eps * exact.norm(dim=-1) + 1e-37).all()
+
+
+@pytest.mark.parametrize(("exponent", "size"), [(0, 120), (127, -126), (241, -20), (254, -20), (254, -133)])
+@pytest.mark.parametrize("op", ["linear_packed", "linear_packed_sparse"])
+def test_every_exponent_in_plain_code(op: str, exponent: int, size: int) -> None:
+    """Also those that leave a weight no room in float, where x [about 2^size] makes results finite."""
+    case = Case(max(TOKENS), 64, 256, 32, torch.bfloat16, format="mxfp4")
+    x, _, scales, _ = case.tensors()
+    scales[:, 1::2], scales[:, ::2] = exponent, max(exponent - 30, 0)
+    x = (x.double() * 2.0**size).bfloat16()
+    x[0] = 0
+    number = torch.finfo(torch.bfloat16)
+    for y, exact in products(x, weight(op, case, scales, "cpu"), "cpu"):
+        assert ((y - exact).norm(dim=-1) <= 2 * number.eps * exact.norm(dim=-1)).all()

@@ -205,12 +205,15 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct S
     enum : uint { kTokens = 8 };
     struct Shared {};
 
+    // A weight without bias is `unit` times as large as scale * (code - zero): 6 * 2^127 is no float. Products with x are
+    // multiplied by it in an fma, or a compiler may choose to multiply the numbers of a weight first.
     struct Numbers {
-        float scale, zero, bias;
+        float scale, unit, zero, bias;
     };
     static Numbers numbers(thread const Arguments& a, uint strip, uint row, uint k) {
         const ulong i = ulong(k >> a.shift) * a.N + strip * 16 + row % 8 * 2 + row / 8;
-        Numbers v = {W::Scale::value(a.scales[i]) * a.factor(), 0, 0};
+        Numbers v = {W::Scale::value(a.scales[i]) * a.factor(), 1, 0, 0};
+        if (!W::kBias && v.scale > 1) v.unit = v.scale, v.scale = 1;
         if (W::kZero) v.zero = float(a.extra[i]);
         if (W::kBias) v.bias = float(a.extra[i]);
         return v;
@@ -223,17 +226,20 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct S
         const ulong block = ulong(strip) * (a.K / 64) + k / 64;
         const uint word = a.codes[block * 64 + lane * 2 + s];
         for (uint h = 0; h < 2; ++h) {
+            const Numbers v = numbers(a, strip, r + 8 * h, k);
+            float2 w[2];
+            uint four[2];
             for (uint far = 0; far < 2; ++far) {
-                const uint first = k + 16 * far + 4 * c;
-                const Numbers v = numbers(a, strip, r + 8 * h, first);
-                const uint four =
-                    SparsePlaces::four(a.places[block * 32 + SparsePlaces::lane(r, s, far)], h, c);
-                const float2 w = v.scale * WordCodes<Format>::pair(word, 2 * far + h);
-                for (uint i = 0; i < kTokens; ++i) {
-                    if (token + i >= a.M) break;
-                    device const T* x = a.x + ulong(token + i) * a.K + first;
-                    sums[h][i] += w.x * float(x[four & 3]) + w.y * float(x[four >> 2]);
-                }
+                w[far] = v.scale * WordCodes<Format>::pair(word, 2 * far + h);
+                four[far] = SparsePlaces::four(a.places[block * 32 + SparsePlaces::lane(r, s, far)], h, c);
+            }
+            for (uint i = 0; i < kTokens; ++i) {
+                if (token + i >= a.M) break;
+                device const T* x = a.x + ulong(token + i) * a.K + k + 4 * c;
+                const float product = w[0].x * float(x[four[0] & 3]) + w[0].y * float(x[four[0] >> 2]) +
+                                      w[1].x * float(x[16 + (four[1] & 3)]) +
+                                      w[1].y * float(x[16 + (four[1] >> 2)]);
+                sums[h][i] = fma(v.unit, product, sums[h][i]);
             }
         }
     }
@@ -245,14 +251,17 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct S
         device const uint* block = a.codes + (ulong(strip) * (a.K / 64) + k / 64) * (32 * Format::kBits);
         for (uint h = 0; h < 2; ++h) {
             const Numbers v = numbers(a, strip, r + 8 * h, k);
+            float2 w[2];
             for (uint far = 0; far < 2; ++far) {
                 const float2 code = LaneCodes<Format>::pair(block, lane, k % 64 / 16 * 4 + 2 * far + h);
-                const float2 w = v.scale * (code - v.zero) + v.bias;
-                for (uint i = 0; i < kTokens; ++i) {
-                    if (token + i >= a.M) break;
-                    device const T* x = a.x + ulong(token + i) * a.K + k + 8 * far + 2 * c;
-                    sums[h][i] += w.x * float(x[0]) + w.y * float(x[1]);
-                }
+                w[far] = v.scale * (code - v.zero) + v.bias;
+            }
+            for (uint i = 0; i < kTokens; ++i) {
+                if (token + i >= a.M) break;
+                device const T* x = a.x + ulong(token + i) * a.K + k + 2 * c;
+                const float product =
+                    w[0].x * float(x[0]) + w[0].y * float(x[1]) + w[1].x * float(x[8]) + w[1].y * float(x[9]);
+                sums[h][i] = fma(v.unit, product, sums[h][i]);
             }
         }
     }
