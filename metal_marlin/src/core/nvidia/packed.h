@@ -21,9 +21,10 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
     typedef MmaPair<T> Pair;
     typedef Cluster<Schedule::kSplit> Parts;
     typedef TileWalk<Schedule> Tiles;
+    typedef ExactProduct<Format, typename W::Scale, T> Exact;
     enum : bool {
         kFew = Schedule::kFew,
-        kExact = ExactProduct<Format, typename W::Scale, T>::value,       // weights are scaled, else sums
+        kExact = Exact::value, // weights are multiplied by scales, else sums
         kWhole = !kFew && Schedule::kAlongK == 1 && Schedule::kSplit == 1 // a simdgroup's sums are outputs
     };
     enum : uint {
@@ -271,8 +272,7 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
                     Codes::template operand<FewDecode>(codes[r], step, w);
                     if (kExact) {
 #pragma unroll
-                        for (uint j = 0; j < 4; ++j)
-                            w[j] = ScalePair<typename W::Scale>::times(w[j], scales[r][run].scales, j % 2);
+                        for (uint j = 0; j < 4; ++j) w[j] = Exact::times(w[j], scales[r][run].scales, j % 2);
                     }
 #pragma unroll
                     for (uint c = 0; c < kTiles; ++c)

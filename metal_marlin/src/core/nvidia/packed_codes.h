@@ -132,18 +132,9 @@ template <> struct OwnGroup<E4M3> {
     enum : uint { shift = 4 };
 };
 
-// Whether pairs of MmaDecode times their scales are numbers of T.
-template <typename Format, typename Scale, typename T> struct ExactProduct {
-    enum : bool { value = false };
-};
-template <> struct ExactProduct<FP4, E4M3, half> { // multiples of 2^-24 of at most six bits
-    enum : bool { value = true };
-};
-
 // Two scales that lie side by side.
 template <typename Scale> struct ScalePair {
     typedef typename Scale::Stored S;
-    static uint times(uint pair, uint, uint) { return pair; } // by none: where ExactProduct says so
     static float2 values(uint both) {
         enum : uint { kBits = 8 * sizeof(S) };
         return float2(Scale::value(FromBits<S>::number(both & ((1u << kBits) - 1))),
@@ -151,22 +142,8 @@ template <typename Scale> struct ScalePair {
     }
 };
 template <> struct ScalePair<E4M3> {
-    static uint halves(uint both) { return RingDecode<FP8E4M3, half>::two(both); }
-    // Two halves times scale `which`. (Said so, the assembler lets the product pick it; a permutation it would keep.)
-    static uint times(uint pair, uint both, uint which) {
-        uint twice;
-        if (which == 0)
-            __asm__("{ .reg .b16 a, b; mov.b32 {a, b}, %1; mov.b32 %0, {a, a}; }"
-                    : "=r"(twice)
-                    : "r"(halves(both)));
-        else
-            __asm__("{ .reg .b16 a, b; mov.b32 {a, b}, %1; mov.b32 %0, {b, b}; }"
-                    : "=r"(twice)
-                    : "r"(halves(both)));
-        return MmaPair<half>::times(pair, twice);
-    }
     static float2 values(uint both) {
-        const uint two = halves(both);
+        const uint two = RingDecode<FP8E4M3, half>::two(both);
         return float2(float(as_type<half>(ushort(two))), float(as_type<half>(ushort(two >> 16))));
     }
 };
@@ -178,6 +155,25 @@ template <> struct ScalePair<E8M0> { // both at once as bfloats, 0 to 2^-127 and
         __asm__("max.u16x2 %0, %1, %2;" : "=r"(sizes) : "r"(bits), "r"(0x00400040u));
         sizes |= (bits + 0x00800080u) >> 9 & 0x00400040u; // of 255, carries out of the exponent
         return float2(as_type<float>(sizes << 16), as_type<float>(sizes & 0xffff0000u));
+    }
+};
+
+// Whether pairs of MmaDecode times a scale are numbers of T, and those products, by one of two scales.
+template <typename Format, typename Scale, typename T> struct ExactProduct {
+    enum : bool { value = false };
+    static uint times(uint pair, uint, uint) { return pair; }
+};
+template <> struct ExactProduct<FP4, E4M3, half> { // multiples of 2^-24 of at most six bits
+    enum : bool { value = true };
+    // (The assembler lets a product pick what is said so; a permutation it would keep.)
+    static uint times(uint pair, uint both, uint which) {
+        const uint two = RingDecode<FP8E4M3, half>::two(both);
+        uint same;
+        if (which == 0)
+            __asm__("{ .reg .b16 a, b; mov.b32 {a, b}, %1; mov.b32 %0, {a, a}; }" : "=r"(same) : "r"(two));
+        else
+            __asm__("{ .reg .b16 a, b; mov.b32 {a, b}, %1; mov.b32 %0, {b, b}; }" : "=r"(same) : "r"(two));
+        return MmaPair<half>::times(pair, same);
     }
 };
 
