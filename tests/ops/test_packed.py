@@ -76,7 +76,7 @@ def test_threadgroups_walk(
     M: int, count: int, dtype: torch.dtype, tile: str, device: str, multiprocessors: Callable[[int], None]
 ) -> None:
     """More tiles than threadgroups; the last ones whole, split in halves, and of few tokens."""
-    case, kernel = Case(M, 400, 320, 64, dtype), f"packed_gemm_fp4__m{tile}"
+    case, kernel = Case(M, 400, 192, 64, dtype), f"packed_gemm_fp4__m{tile}"
     multiprocessors(count)
     p = plan(case.M, case.N, case.K, case.dtype, case.dtype, kernel=kernel, multiprocessors=count)
     assert p.threadgroups[0] == min(count * TILES[tile].held, TILES[tile].count(case.M, case.N)), p
