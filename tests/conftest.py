@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
     from metal_marlin.msl.clang import Compiler
+
+    Call = Callable[[], torch.Tensor]
 
 # Tests keep their compiled rows in the checkout: private to it, and warm for the next run. Keys hold the content of
 # everything that went into a row, so an old entry can never be taken for a new one.
@@ -82,6 +88,26 @@ def compiler() -> Compiler:
         return find_compiler()
     except CompilerNotFound as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def recorded() -> Callable[[Call], Call]:
+    """recorded(call) records a call in a CUDA graph; each call of what it returns clears the output and replays."""
+    import torch
+
+    def record(call: Call) -> Call:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = call()
+
+        def replay() -> torch.Tensor:
+            y.zero_()
+            graph.replay()
+            return y
+
+        return replay
+
+    return record
 
 
 @pytest.fixture(autouse=True)
