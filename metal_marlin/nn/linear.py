@@ -68,6 +68,8 @@ class QuantLinear(nn.Module):
         return made.train(layer.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim < 1:
+            raise ArgumentError(f"QuantLinear: x has shape (); needs [..., {self.in_features}]")
         if x.shape[-1] != self.in_features:
             raise ArgumentError(f"QuantLinear: x has K = {x.shape[-1]}, the weight has K = {self.in_features}")
         if self.group is not None and not torch.compiler.is_compiling():

@@ -75,6 +75,8 @@ class SparseLinear(nn.Module):
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim < 1:
+            raise ArgumentError(f"SparseLinear: x has shape (); needs [..., {self.in_features}]")
         if x.shape[-1] != self.in_features:
             raise ArgumentError(f"SparseLinear: x has K = {x.shape[-1]}, the weight has K = {self.in_features}")
         x = nn.functional.pad(x, (0, self._padding)) if self._padding else x.contiguous()

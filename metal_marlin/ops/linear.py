@@ -159,7 +159,7 @@ def _run(
         return
     K = x.shape[-1] if x.ndim else 0  # of wrong shapes any op may say so
     M, N = x.numel() // K if K else 0, codes.shape[0] if codes.ndim else 0
-    if tuned.active.session is not None:
+    if tuned.active.session is not None and K:
         tuned.active.session.see("linear", x, codes, scales, (extra,), format, zeros, group_size)
     problem = (M, N, K, x.dtype, scales.dtype, x.device, format, zeros)
     op, chosen = _chosen(*problem, True)

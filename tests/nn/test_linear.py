@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from metal_marlin.errors import ArgumentError
+from metal_marlin.nn.group import LinearGroup
 from metal_marlin.nn.linear import QuantLinear
 
 
@@ -43,6 +44,11 @@ def test_forward(format: str, bias: bool, K: int, device: str) -> None:
 def test_wrong_width() -> None:
     with pytest.raises(ArgumentError, match="x has K = 90, the weight has K = 83"):
         make(83)[1](torch.zeros(2, 90))
+    layers = [make(83, 24, False)[1] for _ in range(3)]
+    LinearGroup(layers[1:])
+    for layer in layers:
+        with pytest.raises(ArgumentError, match=r"QuantLinear: x has shape \(\); needs \[\.\.\., 83\]"):
+            layer(torch.tensor(1.0))
 
 
 def test_dtypes_survive_to() -> None:

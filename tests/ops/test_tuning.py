@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import metal_marlin
 from metal_marlin.cli.commands import app
 from metal_marlin.cli.tune import model_shapes
-from metal_marlin.errors import MetalMarlinError
+from metal_marlin.errors import ArgumentError, MetalMarlinError
 from metal_marlin.formats import codec
 from metal_marlin.nn.linear import QuantLinear
 from metal_marlin.nn.sparse import SparseLinear
@@ -296,6 +296,12 @@ def test_wrong_results_have_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_time", broken)
     with pytest.raises(MetalMarlinError, match="decode_gemv_fp4_batched: wrong result"), metal_marlin.tune():
         run(8)
+
+
+def test_of_a_wrong_shape_the_op_says_what_is_wrong() -> None:
+    x, codes, scales, _ = Case(8, 48, 256, 64).tensors()
+    with pytest.raises(ArgumentError, match=r"shapes x \(\)"), metal_marlin.tune():
+        linear(x[0, 0], codes, scales, 64)
 
 
 def test_times_are_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:

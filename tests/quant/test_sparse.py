@@ -213,6 +213,8 @@ def test_layer(of: str, K: int, device: str) -> None:
     torch.testing.assert_close(made(x.to(device)).cpu().double(), want, rtol=1e-4, atol=1e-4)
     with pytest.raises(ArgumentError, match=f"the weight has K = {K}"):
         made(x[..., :5].to(device))
+    with pytest.raises(ArgumentError, match=rf"SparseLinear: x has shape \(\); needs \[\.\.\., {K}\]"):
+        made(x[0, 0, 0].to(device))
 
 
 @pytest.mark.parametrize("device", DEVICES)
