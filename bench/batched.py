@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from common import (
     Candidate,
+    copies,
     graph_times,
     host_times,
     require_correct,
@@ -34,13 +35,11 @@ Named = tuple[str, str, Callable[[int], torch.Tensor], Callable[[int], torch.Ten
 def products(device: str) -> list[Named]:
     found: list[Named] = []
     for case in (c for c in batched.BATCHED_CASES if c.model):
-        sets = sets_needed(case.B * case.N * case.K // 2, device, most=4)
-        data = [case.tensors(device, seed) for seed in range(sets)]
-        fp4 = codec("fp4")
-        dense = [
-            torch.stack([fp4.decode(c, s, None, case.group, "none") for c, s in zip(*d[1:], strict=True)]) for d in data
-        ]
-        dense = [w.to(case.dtype) for w in dense]
+        sets = sets_needed(case.B * case.N * case.K // 2, device)
+        data = copies(case.tensors(device), sets)
+        pairs = zip(*data[0][1:], strict=True)
+        W = torch.stack([codec("fp4").decode(c, s, None, case.group, "none", case.dtype) for c, s in pairs])
+        dense = copies(W, sets_needed(W.nbytes, device))
 
         def ours(i: int, data: list[tuple[torch.Tensor, ...]] = data, g: int = case.group) -> torch.Tensor:
             return batched.batched_linear(*data[i], g)
@@ -48,7 +47,7 @@ def products(device: str) -> list[Named]:
         def theirs(
             i: int, data: list[tuple[torch.Tensor, ...]] = data, dense: list[torch.Tensor] = dense
         ) -> torch.Tensor:
-            return data[i][0] @ dense[i].mT
+            return data[i][0] @ dense[i % len(dense)].mT
 
         exact = batched.batched_linear_ref(*data[0], case.group)
         work = 2 * case.B * case.M * case.N * case.K
@@ -59,9 +58,9 @@ def products(device: str) -> list[Named]:
 def scores(device: str) -> list[Named]:
     found: list[Named] = []
     for case in (c for c in batched.SCORES_CASES if c.model):
-        moved = case.batch * case.heads * case.queries * case.keys * case.dtype.itemsize
-        sets = sets_needed(moved, device, most=4)
-        data = [case.tensors(device, seed) for seed in range(sets)]
+        first = case.tensors(device)
+        sets = sets_needed(sum(t.nbytes for t in first), device)
+        data = copies(first, sets)
         hidden = ~torch.ones(case.queries, case.keys, dtype=torch.bool, device=device).tril(case.keys - case.queries)
 
         def ours(

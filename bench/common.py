@@ -6,6 +6,7 @@ A candidate is a function of one integer, the number of the buffer set it shall 
 
 from __future__ import annotations
 
+import copy
 import csv
 import datetime
 import math
@@ -92,9 +93,14 @@ def cache_bytes(device: str) -> int:
     return max(sizes) or 32 << 20
 
 
-def sets_needed(set_bytes: int, device: str, most: int = 64) -> int:
-    """How many buffer sets of `set_bytes` to rotate through so that none is still cached: 3 × the cache."""
-    return max(2, min(most, -(-3 * cache_bytes(device) // max(1, set_bytes))))
+def sets_needed(set_bytes: int, device: str) -> int:
+    """How many buffer sets of `set_bytes` to rotate through so that none is still cached: 3 × the cache, at most 64."""
+    return max(2, min(64, -(-3 * cache_bytes(device) // max(1, set_bytes))))
+
+
+def copies(data: T, count: int) -> list[T]:
+    """Buffer sets of the same numbers: a tensor, or several, so many times. Strides stay as they are."""
+    return [data, *(copy.deepcopy(data) for _ in range(count - 1))]
 
 
 def host_times(

@@ -12,6 +12,7 @@ import argparse
 import torch
 from common import (
     Candidate,
+    copies,
     graph_times,
     host_times,
     require_correct,
@@ -35,8 +36,8 @@ Named = tuple[str, dict[str, Candidate], torch.Tensor, int, int]
 def products(device: str) -> list[Named]:
     found: list[Named] = []
     for case in (c for c in dense.DENSE_CASES if c.model):
-        sets = sets_needed(case.N * case.K * case.dtype.itemsize, device, most=8)
-        data = [case.tensors(device, seed) for seed in range(sets)]
+        sets = sets_needed(case.N * case.K * case.dtype.itemsize, device)
+        data = copies(case.tensors(device), sets)
         calls: dict[str, Candidate] = {
             name: lambda i, name=name, data=data: dense.dense_linear(*data[i], kernel=name) for name in dense.DENSE
         }
@@ -49,16 +50,17 @@ def products(device: str) -> list[Named]:
 def split(device: str) -> list[Named]:
     found: list[Named] = []
     for case in (c for c in dense.SPLIT_CASES if c.model):
-        sets = sets_needed(case.N * case.K // 2, device, most=8)
-        data = [case.tensors(device, seed)[:3] for seed in range(sets)]
-        W = [codec("fp4").decode(c, s, None, case.group, "none").to(case.dtype) for _, c, s in data]
+        sets = sets_needed(case.N * case.K // 2, device)
+        data = copies(case.tensors(device)[:3], sets)
+        dense_W = codec("fp4").decode(*data[0][1:], None, case.group, "none", case.dtype)
+        W = copies(dense_W, sets_needed(dense_W.nbytes, device))
         g = case.group
         calls: dict[str, Candidate] = {
             name: lambda i, name=name, data=data, g=g: dense.linear_split(*data[i], g, kernel=name)
             for name in dense.SPLIT
         }
         calls["marlin_gemm"] = lambda i, data=data, g=g: marlin_gemm(*data[i], g)
-        calls["torch"] = lambda i, data=data, W=W: data[i][0] @ W[i].T
+        calls["torch"] = lambda i, data=data, W=W: data[i][0] @ W[i % len(W)].T
         exact = dense.product_ref(*data[0], g)
         found.append((f"linear_split-{case}", calls, exact, 2 * case.M * case.N * case.K, sets))
     return found
@@ -67,8 +69,8 @@ def split(device: str) -> list[Named]:
 def few(device: str) -> list[Named]:
     found: list[Named] = []
     for case in (c for c in dense_few.CASES if c.model):
-        sets = sets_needed(case.N * case.K // 2, device, most=16)
-        data = [case.tensors(device, seed)[:3] for seed in range(sets)]
+        sets = sets_needed(case.N * case.K // 2, device)
+        data = copies(case.tensors(device)[:3], sets)
         g = case.group
         calls: dict[str, Candidate] = {
             name: lambda i, name=name, data=data, g=g: dense_few.linear_few(*data[i], g, kernel=name)

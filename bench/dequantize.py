@@ -17,6 +17,7 @@ import torch
 from common import (
     Candidate,
     Times,
+    copies,
     graph_times,
     host_times,
     require_correct,
@@ -54,29 +55,30 @@ def planned(case: Case, device: str) -> Plan:
     return plan(case.N, case.K, case.dtype, case.scales_in, kind, 1, case.kernel, case.format, case.zeros)
 
 
-def candidates(case: Case, device: str, sets: int) -> tuple[dict[str, Candidate], float]:
-    """Our kernel, checked, and a fill of the same outputs; the error."""
-    data = [case.tensors(device, seed) for seed in range(min(sets, 2))]
-    outs = [torch.full((case.N, case.K), float("nan"), dtype=case.dtype, device=device) for _ in range(sets)]
+def candidates(case: Case, device: str) -> tuple[dict[str, Candidate], float, int]:
+    """Our kernel, checked, and a fill of the same outputs; the error; sets."""
+    codes, scales, extra = first = case.tensors(device)
+    out = torch.full((case.N, case.K), float("nan"), dtype=case.dtype, device=device)
+    data = copies(first, sets_needed(codes.nbytes, device))
+    outs = copies(out, sets_needed(out.nbytes, device))
+    sets = max(len(data), len(outs))
 
     def ours(i: int) -> None:
         codes, scales, extra = data[i % len(data)]
         options = {"format": case.format, "zeros": case.zeros, "extra": extra, "kernel": case.kernel}
-        dequantize(codes, scales, case.group, out=outs[i], **options)  # type: ignore[arg-type]
+        dequantize(codes, scales, case.group, out=outs[i % len(outs)], **options)  # type: ignore[arg-type]
 
-    error = 0.0
-    for i, (codes, scales, extra) in enumerate(data):
+    error, wanted = 0.0, dequantize_ref(codes, scales, case.group, format=case.format, zeros=case.zeros, extra=extra)
+    for i in (0, sets - 1):
         ours(i)
         synchronize(device)
-        wanted = dequantize_ref(codes, scales, case.group, format=case.format, zeros=case.zeros, extra=extra)
-        error = max(error, require_correct(str(case), outs[i], wanted, LIMITS[case.dtype]))
-    return {planned(case, device).kernel: ours, "fill": lambda i: outs[i].fill_(1.0)}, error
+        error = max(error, require_correct(str(case), outs[i % len(outs)], wanted, LIMITS[case.dtype]))
+    return {planned(case, device).kernel: ours, "fill": lambda i: outs[i % len(outs)].fill_(1.0)}, error, sets
 
 
 def measure(case: Case, device: str) -> list[tuple[str, ...]]:
     moved = case.N * case.K * case.dtype.itemsize
-    sets = sets_needed(moved, device, most=8)
-    calls, error = candidates(case, device, sets)
+    calls, error, sets = candidates(case, device)
     if device.startswith("cuda"):
         times = graph_times(calls, device, inner=max(16, sets), sets=sets)
     else:

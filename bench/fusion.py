@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from common import (
     Candidate,
+    copies,
     graph_times,
     host_times,
     require_correct,
@@ -39,8 +40,8 @@ Named = tuple[str, int, int, Callable[[str, int], dict[str, Candidate]]]
 def residuals() -> list[Named]:
     def candidates(case: linear_residual.Case, device: str, sets: int) -> dict[str, Candidate]:
         p = case.product
-        data = [case.tensors(device, seed) for seed in range(sets)]
-        dense = [codec("fp4").decode(d[1], d[2], None, p.group, "none", p.dtype) for d in data[:4]]
+        data = copies(case.tensors(device), sets)
+        dense = dense_copies([data[0][1:3]], p, device)
 
         def fused(kernel: str | None) -> Candidate:
             def run(i: int) -> torch.Tensor:
@@ -69,8 +70,8 @@ def residuals() -> list[Named]:
 def norms() -> list[Named]:
     def candidates(case: norm_linear.Case, device: str, sets: int) -> dict[str, Candidate]:
         p = case.product
-        data = [case.tensors(device, seed) for seed in range(sets)]
-        dense = [codec("fp4").decode(d[2], d[3], None, p.group, "none", p.dtype) for d in data[:4]]
+        data = copies(case.tensors(device), sets)
+        dense = dense_copies([data[0][2:4]], p, device)
 
         def fused(kernel: str | None) -> Candidate:
             return lambda i: norm_linear.norm_linear(*data[i][:4], p.group, residual=data[i][5], kernel=kernel)
@@ -96,11 +97,8 @@ def norms() -> list[Named]:
 
 def attention() -> list[Named]:
     def candidates(case: norm_qkv.Case, device: str, sets: int) -> dict[str, Candidate]:
-        data = [case.tensors(device, seed) for seed in range(sets)]
-        dense = [
-            torch.cat([codec("fp4").decode(*w, None, case.group, "none", case.dtype) for w in three])
-            for _, _, three in data[:4]
-        ]
+        data = copies(case.tensors(device), sets)
+        dense = dense_copies(data[0][2], case, device)
 
         def fused(kernel: str | None) -> Candidate:
             def run(i: int) -> torch.Tensor:
@@ -135,6 +133,12 @@ def named(case: Any, candidates: Callable[[Any, str, int], dict[str, Candidate]]
     return str(case), p.N * p.K // 2, 2 * p.M * p.N * p.K, functools.partial(candidates, case)
 
 
+def dense_copies(weights: list[tuple[torch.Tensor, torch.Tensor]], case: Any, device: str) -> list[torch.Tensor]:
+    """Sets of the weights, one above the other, as torch multiplies them."""
+    W = torch.cat([codec("fp4").decode(*w, None, case.group, "none", case.dtype) for w in weights])
+    return copies(W, sets_needed(W.nbytes, device))
+
+
 def correct(case: str, ours: dict[str, Candidate], wanted: torch.Tensor, device: str) -> None:
     for name, call in ours.items():
         y = call(0)
@@ -150,7 +154,7 @@ def main() -> None:
     for device in usable_devices(options.device):
         rows = []
         for case, size, operations, candidates in (*residuals(), *norms(), *attention()):
-            sets = sets_needed(size, device, most=16)
+            sets = sets_needed(size, device)
             calls = candidates(device, sets)
             if device.startswith("cuda"):
                 times = graph_times(calls, device, inner=max(8, sets), sets=sets)

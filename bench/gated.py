@@ -12,6 +12,7 @@ import argparse
 import torch
 from common import (
     Candidate,
+    copies,
     graph_times,
     host_times,
     require_correct,
@@ -33,15 +34,18 @@ from metal_marlin.ops.linear import linear
 Named = tuple[str, dict[str, Candidate], torch.Tensor, int, int, int]
 
 
-def _dense(codes: torch.Tensor, scales: torch.Tensor, group: int) -> torch.Tensor:
-    return codec("fp4").decode(codes, scales, None, group, "none", scales.dtype)
+def _dense(weights: tuple[torch.Tensor, ...], group: int, device: str) -> list[tuple[torch.Tensor, ...]]:
+    """Sets of the weights, whose codes and scales follow each other, as torch multiplies them."""
+    pairs = zip(weights[::2], weights[1::2], strict=True)
+    W = tuple(codec("fp4").decode(c, s, None, group, "none", s.dtype) for c, s in pairs)
+    return copies(W, sets_needed(sum(w.nbytes for w in W), device))
 
 
 def gate_and_up(case: ups.Case, device: str) -> Named:
     moved, g = case.N * case.K + 2 * case.M * (case.N + case.K), case.group
-    sets = sets_needed(moved, device, most=4)
-    data = [case.tensors(device, seed) for seed in range(sets)]
-    dense = [(_dense(*d[1:3], g), _dense(*d[3:5], g)) for d in data[:2]]
+    sets = sets_needed(case.N * case.K, device)
+    data = copies(case.tensors(device), sets)
+    dense = _dense(data[0][1:], g, device)
 
     def one(kernel: str | None) -> Candidate:
         return lambda i: ups.gated_up(*data[i], g, activation=case.activation, kernel=kernel)
@@ -64,9 +68,9 @@ def gate_and_up(case: ups.Case, device: str) -> Named:
 def layers(case: mlps.Case, device: str) -> Named:
     weights = (2 * case.K + case.N) * case.F
     moved, g = weights // 2 + 2 * case.M * (case.K + 2 * case.N), case.group
-    sets = sets_needed(moved, device, most=8)
-    data = [case.tensors(device, seed) for seed in range(sets)]
-    dense = [[_dense(d[i], d[i + 1], g) for i in (1, 3, 5)] for d in data[:2]]
+    sets = sets_needed(weights // 2, device)
+    data = copies(case.tensors(device), sets)
+    dense = _dense(data[0][1:7], g, device)
 
     def one(kernel: str | None) -> Candidate:
         return lambda i: mlps.gated_mlp(*data[i][:7], g, kernel=kernel, **case.options(data[i][7]))  # type: ignore[arg-type]

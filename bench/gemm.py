@@ -25,6 +25,7 @@ import torch
 from common import (
     Candidate,
     Times,
+    copies,
     graph_times,
     host_times,
     require_correct,
@@ -95,17 +96,17 @@ class Weights:
 
     def __init__(self, case: Case, device: str, only: str) -> None:
         self.device, self.form, self.case = device, codec(case.format), case
-        self.sets = sets_needed(case.N * case.K * self.form.bits // 8, device, most=24)
+        self.sets = sets_needed(case.N * case.K * self.form.bits // 8, device)
         _, *parts = case.tensors(device)
         self.W = self.form.decode(*parts, case.group, case.zeros, case.dtype)
-        self.dense = _copies(self.W, sets_needed(self.W.nbytes, device, most=8))
+        self.dense = copies(self.W, sets_needed(self.W.nbytes, device))
         self.packed: list[QuantizedTensor] = []
         if has_packed(case, device):
             first = packed_of(case, parts)
-            tensors = zip(*(_copies(t, self.sets) for t in (first.codes, first.scales, first.extra)), strict=True)
+            tensors = zip(*(copies(t, self.sets) for t in (first.codes, first.scales, first.extra)), strict=True)
             self.packed = [dataclasses.replace(first, codes=c, scales=s, extra=e) for c, s, e in tensors]
         needed = self.sets if "linear".startswith(only) or not only.startswith(("linear_", "packed_")) else 1
-        self.canonical = list(zip(*(_copies(t, needed) for t in parts), strict=True))
+        self.canonical = list(zip(*(copies(t, needed) for t in parts), strict=True))
 
     def product(self, kernel: str, x: torch.Tensor, out: torch.Tensor) -> Candidate:
         """``linear`` or ``linear_packed``, or one of their kernels."""
@@ -122,11 +123,6 @@ class Weights:
             linear_packed(x, w.codes, w.scales, w.powers, case.group, **more, **options)
 
         return packed if kernel == "linear_packed" or kernel in PACKED else canonical
-
-
-def _copies(tensor: torch.Tensor | None, count: int) -> list[torch.Tensor | None]:
-    """Strides stay as they are."""
-    return [tensor, *(None if tensor is None else tensor.clone() for _ in range(count - 1))]
 
 
 def candidates(

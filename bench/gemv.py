@@ -20,6 +20,7 @@ import torch
 from common import (
     Candidate,
     Times,
+    copies,
     copy_ceiling,
     graph_times,
     host_times,
@@ -109,12 +110,9 @@ def candidates(case: Case, device: str, sets: int, kernel: str | None) -> dict[s
         wanted = linear_decode_ref(x, codes, scales, case.group, format=case.format, zeros=case.zeros, extra=extra)
         error = max(error, require_correct(str(case), outs[i], wanted, LIMITS[case.dtype]))
     found = {kernel_name(case, device, kernel): Timed(ours, weight_bytes(case), error)}
-    weights = [
-        codec(case.format).decode(codes, scales, extra, case.group, case.zeros, case.dtype)
-        for _, codes, scales, extra in data[:2]
-    ]
-    dense_bytes = case.N * case.K * case.dtype.itemsize
-    found["dense"] = Timed(lambda i: torch.mm(data[i][0], weights[i % 2].T, out=outs[i]), dense_bytes, None)
+    W = codec(case.format).decode(*data[0][1:], case.group, case.zeros, case.dtype)
+    dense = copies(W, sets_needed(W.nbytes, device))
+    found["dense"] = Timed(lambda i: torch.mm(data[i][0], dense[i % len(dense)].T, out=outs[i]), W.nbytes, None)
     others = peers(case.M, case.N, case.K, device, sets)
     return found | {name: Timed(*peer) for name, peer in others.items()}
 

@@ -11,13 +11,14 @@ rotate past the last-level cache; on NVIDIA GPUs the launches are a CUDA graph's
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from common import (
     Candidate,
+    copies,
     graph_times,
     host_times,
     require_correct,
@@ -47,18 +48,15 @@ class Weights:
     def __init__(self, case: Case, device: str) -> None:
         hopper = device.startswith("cuda") and torch.cuda.get_device_capability(device) == (9, 0)
         self.packed, self.device = hopper and case.format in PACKED, device
-        self.sets = sets_needed(case.N * case.K * 3 // 8, device, most=24)
+        self.sets = sets_needed(case.N * case.K * 3 // 8, device)
         self.x, *parts = case.tensors(device)
         self.W = weights(case, device)[1].float()
-        self.sparse, self.dense = self._copies(parts), self._copies(case.dense.tensors(device)[1:])
+        self.sparse, self.dense = copies(tuple(parts), self.sets), copies(case.dense.tensors(device)[1:], self.sets)
         if self.packed:
             codes, places, scales = self.sparse[0][:3]
-            self.ordered = self._copies(operands.pack_sparse(codec(case.format), codes, places, scales))
+            self.ordered = copies(operands.pack_sparse(codec(case.format), codes, places, scales), self.sets)
             whole = packed_of(case.dense, self.dense[0])
-            self.dense = self._copies((whole.codes, whole.scales, whole.powers))
-
-    def _copies(self, tensors: Iterable[torch.Tensor | None]) -> list[tuple[Any, ...]]:
-        return [tuple(None if t is None else t.clone() for t in list(tensors)) for _ in range(self.sets)]
+            self.dense = copies((whole.codes, whole.scales, whole.powers), self.sets)
 
 
 def candidates(case: Case, of: Weights, tiles: list[str]) -> tuple[dict[str, Candidate], float]:
