@@ -114,7 +114,8 @@ def host_times(
 ) -> dict[str, Times]:
     """Time on the host's clock: the whole call on a CPU; on a GPU the launch, which waits for no kernel. The candidate
     ``apart`` comes last and alone: its threads go on spinning when it has returned. The first calls after
-    another candidate are not timed: they wake threads, and caches are full of the other's data."""
+    another candidate are not timed: they wake threads, and caches are full of the other's data. A round goes on with
+    the set after the last round's."""
     if apart in candidates and len(candidates) > 1:
         rest = {name: call for name, call in candidates.items() if name != apart}
         together = host_times(rest, device, inner=inner, rounds=rounds, sets=sets)
@@ -123,12 +124,13 @@ def host_times(
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     first = min(4, inner // 3)
     for turn in range(-2, rounds):  # two rounds warm up
+        at = turn * (first + inner)
         for name, call in _rotated(candidates, turn):
-            for i in range(first):
+            for i in range(at, at + first):
                 call(i % sets)
             synchronize(device)
             start = time.perf_counter()
-            for i in range(first, first + inner):
+            for i in range(at + first, at + first + inner):
                 call(i % sets)
             taken = time.perf_counter() - start
             if turn >= 0:
