@@ -140,15 +140,23 @@ def host_times(
 
 
 def graph_times(
-    candidates: Mapping[str, Candidate], device: str, *, inner: int = 64, rounds: int = 25, sets: int = 1
+    candidates: Mapping[str, Candidate],
+    device: str,
+    *,
+    inner: int = 64,
+    rounds: int = 25,
+    sets: int = 1,
+    rest: float = 0.0,
 ) -> dict[str, Times]:
-    """Time on an NVIDIA GPU's clock: `inner` calls recorded in a CUDA graph, replayed without Python."""
+    """Time on an NVIDIA GPU's clock: `inner` calls recorded in a CUDA graph, replayed without Python. `rest`: seconds
+    of idleness before each replay, after which a card's limit of power has not lowered the clock yet."""
     with torch.cuda.device(device):
         graphs = {name: record(call, inner, sets) for name, call in candidates.items()}
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         samples: dict[str, list[float]] = {name: [] for name in graphs}
         for turn in range(-2, rounds):
             for name, graph in _rotated(graphs, turn):
+                time.sleep(rest)
                 begin.record()
                 graph.replay()
                 end.record()

@@ -10,8 +10,9 @@ of ops/linear.py should say. `dense` is torch.matmul with dequantised weights (o
 are products of other libraries with four bits and groups of 128, those that are installed or just those that --peers
 names: `int4pack` torch's own int4 product in bfloat16, `humming` and `gemlite` (bench/peers_cuda.py), `onnxruntime` its
 MatMulNBits with int8 activations on the CPU. --tiles times every tile that suits the tokens. Buffers rotate past the
-last-level cache; on NVIDIA GPUs the launches are a CUDA graph's. The last table says how many times as fast as the
-fastest of the others ours is, `linear` or `linear_packed`.
+last-level cache; on NVIDIA GPUs the launches are a CUDA graph's, one after the other, or with --rest each graph's after
+some idleness: what many tokens take before the card's limit of power lowers its clock. The last table says how many
+times as fast as the fastest of the others ours is, `linear` or `linear_packed`.
 """
 
 from __future__ import annotations
@@ -151,13 +152,18 @@ def candidates(
 
 
 def measure(
-    case: Case, weights: Weights, kernels: list[str], only: str = "", others: list[str] | None = None
+    case: Case,
+    weights: Weights,
+    kernels: list[str],
+    only: str = "",
+    others: list[str] | None = None,
+    rest: float = 0.0,
 ) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
     """Rows of the table, and the row of the last one, if there is one."""
     operations, device, sets = 2 * case.M * case.N * case.K, weights.device, weights.sets
     calls, error = candidates(case, weights, kernels, only, others)
     if device.startswith("cuda"):
-        times = graph_times(calls, device, inner=max(16, sets), sets=sets)
+        times = graph_times(calls, device, inner=sets if rest else max(16, sets), sets=sets, rest=rest)
     else:
         inner = max(1, min(64, int(1e10 / operations)))
         times = host_times(calls, device, inner=inner, rounds=15, sets=sets)
@@ -195,6 +201,7 @@ def main() -> None:
     parser.add_argument("--tiles", action="store_true", help="time every tile that suits the tokens")
     parser.add_argument("--only", default="", help="of ours, time what starts so, such as packed_gemm")
     parser.add_argument("--peers", nargs="*", choices=PEERS, help="other libraries; by default all installed")
+    parser.add_argument("--rest", type=float, default=0, help="ms of idleness before each replay, on NVIDIA GPUs")
     options = parser.parse_args()
     heading = ("case", "candidate", "µs", "p20", "p80", "TFLOP/s", "of dense", "error", "goal")
     for device in usable_devices(options.device):
@@ -210,7 +217,7 @@ def main() -> None:
                     kernels = [f"marlin_gemm_{name}", *(k for k in options.kernel if f"_{name}" in k)]
                     kernels += [f"decode_gemv_{name}_batched"] if tokens <= 128 else []
                     kernels += tiles(case) if options.tiles else []
-                    found, ratio = measure(case, weights, kernels, options.only, options.peers)
+                    found, ratio = measure(case, weights, kernels, options.only, options.peers, options.rest / 1e3)
                     rows, last = rows + found, last + ratio
         table(device, [heading, *rows])
         table(f"{device}: beside the best of the others", last)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,8 +83,8 @@ class Session:
         weights = [held, *(tuple(None if t is None else t.clone() for t in held) for _ in range(copies - 1))]
         out = torch.empty(M, p.N, dtype=p.dtype, device=device)
 
-        def timed(name: str) -> float:
-            return _time(lambda i: of.run(p, group_size, name, out, x, *weights[i % len(weights)]), out, want, name)
+        def call(name: str, i: int) -> None:
+            of.run(p, group_size, name, out, x, *weights[i % len(weights)])
 
         self._busy = True
         try:
@@ -91,7 +92,7 @@ class Session:
             place = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
             placed = (None if t is None else t.to(place) for t in held)
             want = of.reference(p, group_size, x[:16].to(place), *placed).cpu()
-            times = {name: timed(name) for name in names}
+            times = _times({name: functools.partial(call, name) for name in names}, out, want)
         finally:
             self._busy = False
         fastest = min(times, key=lambda name: times[name])
@@ -131,16 +132,22 @@ class Session:
         return written
 
 
-def _time(call: Callable[[int], None], out: torch.Tensor, want: torch.Tensor, name: str) -> float:
-    """Median microseconds of a call whose result is right."""
-    synchronize = torch.cuda.synchronize if out.is_cuda else torch.mps.synchronize if out.is_mps else lambda: None
-    out.fill_(float("nan"))
-    call(0)
-    error = float((out[:16].cpu().double() - want).norm() / want.norm().clamp_min(1e-300))
-    if not error <= _LIMITS[out.dtype]:
-        raise MetalMarlinError(f"{name}: wrong result while tuning, relative error {error:.3g}")
+def _times(calls: Mapping[str, Callable[[int], None]], out: torch.Tensor, want: torch.Tensor) -> dict[str, float]:
+    """Median microseconds of calls whose results are right."""
+    for name, call in calls.items():
+        out.fill_(float("nan"))
+        call(0)
+        error = float((out[:16].cpu().double() - want).norm() / want.norm().clamp_min(1e-300))
+        if not error <= _LIMITS[out.dtype]:
+            raise MetalMarlinError(f"{name}: wrong result while tuning, relative error {error:.3g}")
     if out.is_cuda:
-        return _time_recorded(call, out)
+        return _times_recorded(calls, out)
+    synchronize = torch.mps.synchronize if out.is_mps else lambda: None
+    return {name: _timed(call, synchronize) for name, call in calls.items()}
+
+
+def _timed(call: Callable[[int], None], synchronize: Callable[[], None]) -> float:
+    """Median microseconds on the host's clock."""
     calls, samples = 1, []
     for turn in range(_ROUNDS + 1):
         synchronize()
@@ -156,30 +163,37 @@ def _time(call: Callable[[int], None], out: torch.Tensor, want: torch.Tensor, na
     return 1e6 * statistics.median(samples)
 
 
-def _time_recorded(call: Callable[[int], None], out: torch.Tensor) -> float:
-    """The same on a GPU's clock, of calls in a CUDA graph: those from Python can take longer than small kernels."""
-    calls = next((number for most, number in _RECORDED if out.shape[0] <= most), _COPIES)
-    graph = torch.cuda.CUDAGraph()
+def _times_recorded(calls: Mapping[str, Callable[[int], None]], out: torch.Tensor) -> dict[str, float]:
+    """The same on a GPU's clock, of calls in CUDA graphs: those from Python can take longer than small kernels. They
+    take turns: where power or heat lowers the clock, it does so for all."""
+    count = next((number for most, number in _RECORDED if out.shape[0] <= most), _COPIES)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.device(out.device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for i in range(_COPIES):
-                call(i)
-        side.synchronize()
-        with torch.cuda.graph(graph, stream=side):
-            for i in range(calls):
-                call(i)
-        samples = []
+        graphs = {name: _recorded(call, count) for name, call in calls.items()}
         for turn in range(-1, _ROUNDS):
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if turn >= 0:
-                samples.append(begin.elapsed_time(end) / calls)
-    return 1e3 * statistics.median(samples)
+            for name, graph in graphs.items():
+                begin.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                if turn >= 0:
+                    samples[name].append(begin.elapsed_time(end) / count)
+    return {name: 1e3 * statistics.median(taken) for name, taken in samples.items()}
+
+
+def _recorded(call: Callable[[int], None], count: int) -> torch.cuda.CUDAGraph:
+    """So many calls in a CUDA graph."""
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for i in range(_COPIES):
+            call(i)
+    side.synchronize()
+    with torch.cuda.graph(graph, stream=side):
+        for i in range(count):
+            call(i)
+    return graph
 
 
 @contextlib.contextmanager

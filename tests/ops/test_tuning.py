@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,7 +58,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def timer(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Microseconds that candidates seem to take; 10 where nothing is said."""
     times: dict[str, float] = {}
-    monkeypatch.setattr(tuning, "_time", lambda call, out, want, name: call(0) or times.get(name, 10.0))
+
+    def said(calls: Mapping[str, Callable[[int], None]], *_: Any) -> dict[str, float]:
+        return {name: call(0) or times.get(name, 10.0) for name, call in calls.items()}
+
+    monkeypatch.setattr(tuning, "_times", said)
     return times
 
 
@@ -267,7 +271,7 @@ def test_a_little_faster_is_not_enough(timer: dict[str, float]) -> None:
 
 
 def test_nothing_is_timed_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "_time", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(tuning, "_times", lambda *_: pytest.fail("timed"))
     assert run(8) == [DECODE]
     with metal_marlin.tune():
         pass
@@ -288,12 +292,12 @@ def test_what_was_measured_is_kept_when_the_block_raises(timer: dict[str, float]
 
 
 def test_wrong_results_have_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = tuning._time
+    real = tuning._times
 
-    def broken(call: Callable[[int], None], out: torch.Tensor, want: torch.Tensor, name: str) -> float:
-        return real(lambda i: [None, out.zero_()][0], out, want, name)
+    def broken(calls: Mapping[str, Callable[[int], None]], out: torch.Tensor, want: torch.Tensor) -> dict[str, float]:
+        return real({name: lambda i: [None, out.zero_()][0] for name in calls}, out, want)
 
-    monkeypatch.setattr(tuning, "_time", broken)
+    monkeypatch.setattr(tuning, "_times", broken)
     with pytest.raises(MetalMarlinError, match="decode_gemv_fp4_batched: wrong result"), metal_marlin.tune():
         run(8)
 
@@ -389,9 +393,9 @@ def test_times_are_of_kernels_on_a_gpu() -> None:
         time.sleep(1e-3)
         out.copy_(wanted)
 
-    assert 1 < tuning._time(slow, out, wanted.cpu().double(), "copy") < 500
+    assert 1 < tuning._times({"copy": slow}, out, wanted.cpu().double())["copy"] < 500
     with pytest.raises(MetalMarlinError, match="copy: wrong result"):
-        tuning._time(lambda i: None, out, wanted.cpu().double(), "copy")
+        tuning._times({"copy": lambda i: None}, out, wanted.cpu().double())
 
 
 def test_shipped_tables_name_kernels_that_exist() -> None:
