@@ -139,6 +139,11 @@ def host_times(
     return {name: Times.of(values) for name, values in samples.items()}
 
 
+def launches(tokens: int, sets: int) -> int:
+    """How many launches of a product a graph holds: of a small one many, as a graph's start is timed too."""
+    return max(64 if tokens <= 256 else 16, sets)
+
+
 def graph_times(
     candidates: Mapping[str, Candidate],
     device: str,

@@ -29,6 +29,7 @@ from common import (
     copies,
     graph_times,
     host_times,
+    launches,
     require_correct,
     save,
     sets_needed,
@@ -163,8 +164,8 @@ def measure(
     operations, device, sets = 2 * case.M * case.N * case.K, weights.device, weights.sets
     calls, error = candidates(case, weights, kernels, only, others)
     if device.startswith("cuda"):
-        inner = 0 if rest else 64 if case.M <= 256 else 16  # of a small kernel many: a graph's start is counted too
-        times = graph_times(calls, device, inner=max(inner, sets), sets=sets, rest=rest)
+        inner = sets if rest else launches(case.M, sets)
+        times = graph_times(calls, device, inner=inner, sets=sets, rest=rest)
     else:
         inner = max(1, min(64, int(1e10 / operations)))
         times = host_times(calls, device, inner=inner, rounds=15, sets=sets)

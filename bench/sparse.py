@@ -21,6 +21,7 @@ from common import (
     copies,
     graph_times,
     host_times,
+    launches,
     require_correct,
     save,
     sets_needed,
@@ -94,7 +95,7 @@ def measure(case: Case, of: Weights, tiled: bool) -> list[tuple[str, ...]]:
     tiles = [f"packed_sparse_{case.format}__m{t}" for t in SPARSE.values() if suits(t, case.M)] if tiled else []
     calls, error = candidates(case, of, tiles)
     if of.device.startswith("cuda"):
-        times = graph_times(calls, of.device, inner=max(64 if case.M <= 256 else 16, of.sets), sets=of.sets)
+        times = graph_times(calls, of.device, inner=launches(case.M, of.sets), sets=of.sets)
     else:
         inner = max(1, min(64, int(5e9 / (case.M * case.N * case.K))))
         times = host_times(calls, of.device, inner=inner, rounds=9, sets=of.sets)

@@ -37,12 +37,13 @@ Weights = tuple[Any, ...]  # codes, scales and what else an op takes: tensors, o
 class Op:
     """How an op is measured: kernels for so many tokens, what is planned untuned first; a run of one, of problem, group
     size, kernel, out, x and the weights; its meaning, of problem, group size, x and the weights; random weights for a
-    group size."""
+    group size; whether what a table names is a kernel of this version."""
 
     candidates: Callable[[Problem, int, torch.device], list[str]]
     run: Callable[..., None]
     reference: Callable[..., torch.Tensor]
     weights: Callable[[Problem, int, torch.device], Weights]
+    knows: Callable[[Problem, str], bool] = lambda p, kernel: True
 
 
 def of_linear(problem: Problem, M: int, kind: str, hopper: bool) -> list[str]:
@@ -161,6 +162,16 @@ def _sparse_weights(p: Problem, group: int, device: torch.device) -> Weights:
 
 OPS = {
     "linear": Op(_kernels, _run_linear, _ref_linear, _weights),
-    "linear_packed": Op(functools.partial(_tiles, _packed.ROWS), _run_packed, _ref_packed, _packed_weights),
-    "linear_packed_sparse": Op(functools.partial(_tiles, _sparse.ROWS), _run_sparse, _ref_sparse, _sparse_weights),
+    "linear_packed": Op(
+        functools.partial(_tiles, _packed.ROWS), _run_packed, _ref_packed, _packed_weights, _packed.ROWS.knows
+    ),
+    "linear_packed_sparse": Op(
+        functools.partial(_tiles, _sparse.ROWS), _run_sparse, _ref_sparse, _sparse_weights, _sparse.ROWS.knows
+    ),
 }
+
+
+def forget() -> None:
+    """Let go of the weights made last."""
+    for made in (_weights, _packed_weights, _sparse_weights):
+        made.cache_clear()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass
 
 import torch
 
-from metal_marlin.errors import ArgumentError, MetalMarlinError
+from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec, operands
 from metal_marlin.ops import tuned
 from metal_marlin.ops.gemm_tiles import MULTIPROCESSORS, multiprocessors
@@ -50,6 +51,10 @@ class Rows:
     def kernel(self, format: str, tile: str) -> str:
         """What asks for a tile, such as "packed_gemm_fp4__m32x8"."""
         return f"{self.name}_{format}__m{tile}"
+
+    def knows(self, p: tuned.Problem, kernel: str) -> bool:
+        """Whether what a table names is a kernel of this version."""
+        return kernel in {self.kernel(p.format, tile) for tile in self.tiles}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -99,11 +104,13 @@ def chosen(
     if kernel is None and dtype in KEYS:
         problem = tuned.Problem(format, zeros, dtype, scale_dtype, N, K)
         kernel = tuned.choice(problem, M, plan_kind(device.type), device.index or 0, of.op)
-        if kernel and kernel not in {of.kernel(format, tile) for tile in of.tiles}:
-            raise MetalMarlinError(
-                f"{of.op}: the table of choices for {device} names {kernel!r} for {problem} and {M} tokens, which "
-                f"this version does not have; tune again"
+        if kernel and not of.knows(problem, kernel):
+            warnings.warn(
+                f"{of.op}: the table of choices for {device} names {kernel!r} for {problem} and {M} tokens, which this "
+                f"version does not have; it is planned as if it were not in the table, until you tune again",
+                stacklevel=2,
             )
+            kernel = None
     return plan(of, M, N, K, dtype, scale_dtype, format, zeros, kernel, multiprocessors(device))
 
 

@@ -95,7 +95,8 @@ def call(op: str, run: Run, out: torch.Tensor | None, x: torch.Tensor, codes: to
     if out is not None and differentiated:
         raise ArgumentError(f"{op}: out is given, and x requires a gradient, which flows through new tensors")
     if type(x) is torch.Tensor and not differentiated and not torch.compiler.is_compiling():
-        out = x.new_empty((*x.shape[:-1], codes.shape[0])) if out is None else out
+        rows = codes.shape[0] if codes.ndim else 0  # of wrong shapes the op itself says so
+        out = x.new_empty((*x.shape[:-1], rows)) if out is None else out
         run(x, codes, *more, out)
         return out
     if out is None:

@@ -13,6 +13,7 @@ from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec, operands
 from metal_marlin.formats.sparse import PATTERNS
 from metal_marlin.ops import linear_sparse as canonical
+from metal_marlin.ops import packed_plan
 from metal_marlin.ops import packed_sparse as ordered
 from metal_marlin.ops.linear_sparse import FUSED, NM, Case, linear_sparse, linear_sparse_ref
 from metal_marlin.ops.packed_sparse import linear_packed_sparse, linear_packed_sparse_ref, packed
@@ -97,11 +98,14 @@ def test_every_tile(case: Case, tile: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tile", [name for name, tile in SPARSE.items() if tile.halves])
-@pytest.mark.parametrize(("M", "count"), [(530, 2), (512, 7), (600, 7)])
+@pytest.mark.parametrize(("M", "count"), [(530, 2), (512, 5), (512, 7), (600, 7)])
 def test_threadgroups_walk(M: int, count: int, tile: str, device: str, multiprocessors: Callable[[int], None]) -> None:
     """More tiles than threadgroups; the last ones whole, split in halves, and of few tokens."""
     multiprocessors(count)
-    assert ordered.case_check(Case(M, 400, 320, 64), device, f"packed_sparse_fp4__m{tile}").passed
+    kernel, half = f"packed_sparse_fp4__m{tile}", torch.float16
+    p = packed_plan.chosen(ordered.ROWS, M, 400, 320, half, half, torch.device(device), "fp4", "none", kernel)
+    assert p.threadgroups[0] == min(count, SPARSE[tile].count(M, 400)), p
+    assert ordered.case_check(Case(M, 400, 320, 64), device, kernel).passed
 
 
 def test_operand_order_is_undone() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 import metal_marlin.ops.packed as packed_module
 from metal_marlin.errors import ArgumentError
 from metal_marlin.formats import codec, operands
-from metal_marlin.ops import linear_sparse, packed_sparse
+from metal_marlin.ops import linear_sparse, packed_plan, packed_sparse
 from metal_marlin.ops.linear_decode_cases import Case
 from metal_marlin.ops.packed import CASES, FORMATS, linear_packed, packed, plan
 from metal_marlin.ops.packed_sparse import linear_packed_sparse
@@ -70,17 +72,40 @@ def test_every_tile(case: Case, tile: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tile", [name for name, tile in TILES.items() if tile.wgmma and tile.parts == 1])
-@pytest.mark.parametrize(("M", "count"), [(530, 2), (512, 7), (600, 7), (512, 13)])
-@pytest.mark.parametrize("dtype", HALVES, ids=["half", "bf16"])
+@pytest.mark.parametrize(
+    ("M", "K", "dtype", "count"),
+    [
+        (530, 576, torch.float16, 2),  # more stages than the ring has
+        *((M, 192, torch.float16, count) for M, count in ((100, 3), (512, 5), (512, 7), (512, 13), (600, 7))),
+        (600, 192, torch.bfloat16, 7),
+    ],
+)
 def test_threadgroups_walk(
-    M: int, count: int, dtype: torch.dtype, tile: str, device: str, multiprocessors: Callable[[int], None]
+    M: int, K: int, dtype: torch.dtype, count: int, tile: str, device: str, multiprocessors: Callable[[int], None]
 ) -> None:
     """More tiles than threadgroups; the last ones whole, split in halves, and of few tokens."""
-    case, kernel = Case(M, 400, 192, 64, dtype), f"packed_gemm_fp4__m{tile}"
+    case, kernel = Case(M, 400, K, 64, dtype), f"packed_gemm_fp4__m{tile}"
     multiprocessors(count)
-    p = plan(case.M, case.N, case.K, case.dtype, case.dtype, kernel=kernel, multiprocessors=count)
+    sizes = (case.M, case.N, case.K, dtype, dtype, torch.device(device), "fp4", "none")
+    p = packed_plan.chosen(packed_module.ROWS, *sizes, kernel)
     assert p.threadgroups[0] == min(count * TILES[tile].held, TILES[tile].count(case.M, case.N)), p
     check(case, multiply(case, device, kernel)[0])
+
+
+@pytest.mark.parametrize("rows", [packed_module.ROWS, packed_sparse.ROWS], ids=["dense", "sparse"])
+def test_tiles_are_those_of_the_rows(rows: packed_plan.Rows) -> None:
+    """The host makes descriptors and grids for what the kernels' templates say."""
+    text = (Path(packed_module.__file__).parents[1] / "src" / rows.family).read_text()
+    numbers = r"(\d+), (\d+), (\d+), (\d+), \d+, \d+, (\d+), (true|false), (\d+)"
+    found = re.findall(rf'TILE\(name, "([^"]+)", {numbers}', text)
+    assert [name for name, *_ in found] == list(rows.tiles)
+    for name, height, tokens, parts, depth, along_k, few, threads in found:
+        tile = rows.tiles[name]
+        said = (int(height), int(tokens), int(parts), int(depth), int(threads), few == "false")
+        assert said == (tile.rows, tile.tokens, tile.parts, rows.tiles.depths[name], tile.threads, tile.wgmma), name
+        walks = tile.wgmma and tile.parts == 1
+        assert tile.halves == (walks and tile.tokens == 256), name  # as TileWalk says
+        assert not walks or int(along_k) == 1, name
 
 
 @pytest.mark.parametrize("device", DEVICES)

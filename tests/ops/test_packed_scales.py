@@ -98,6 +98,21 @@ def test_exponents_of_mxfp4(op: str, exponent: int, device: str) -> None:
         assert ((y - exact).norm(dim=-1) <= 2 * number.eps * exact.norm(dim=-1) + 1e-37).all()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["half", "bf16"])
+def test_ends_of_nvfp4(dtype: torch.dtype, device: str) -> None:
+    """Rows with a scale each: zero, the smallest, the largest below normal numbers, 2^-6, 448, NaN."""
+    case, bytes_of = Case(max(TOKENS), 96, 512, 16, dtype, None, "nvfp4"), torch.tensor([0, 1, 7, 8, 126, 127])
+    x, _, scales, _ = case.tensors()
+    kind = torch.arange(case.N) % 6
+    scales[:] = bytes_of[kind].to(torch.uint8).view(-1, 1)
+    for y, exact in products(x / 16, weight("linear_packed", case, scales, device), device):
+        assert (y[:, kind == 0] == 0).all()
+        assert y[:, kind == 5].isnan().all()
+        error, size = ((v[:, kind != 5]).norm(dim=0) for v in (y - exact, exact))
+        assert (error <= 2 * torch.finfo(dtype).eps * size + 2.0**-24).all()
+
+
 @pytest.mark.parametrize(("exponent", "size"), [(0, 120), (127, -126), (241, -20), (254, -20), (254, -133)])
 @pytest.mark.parametrize("op", ["linear_packed", "linear_packed_sparse"])
 def test_every_exponent_in_plain_code(op: str, exponent: int, size: int) -> None:

@@ -145,15 +145,18 @@ def test_a_table_decides_tiles_of_sparse_weights() -> None:
     assert list(counters()) == [SPARSE]
 
 
-def test_a_table_of_another_version_names_itself() -> None:
-    table = Table(tuned.device_key("cpu"))
-    table.put(PROBLEM, 8, "packed_gemm_fp4__m7x7", "linear_packed")
+def test_kernels_of_another_version_are_planned_and_tuned_again(timer: dict[str, float]) -> None:
+    table, gone = Table(tuned.device_key("cpu")), "packed_gemm_fp4__m7x7"
+    table.put(PROBLEM, 8, gone, "linear_packed")
     table.save(tuned.user_path(table.device))
     tuned.forget()
-    with pytest.raises(
-        MetalMarlinError, match=r"the table of choices for cpu names 'packed_gemm_fp4__m7x7' .* tune again"
-    ):
+    with pytest.warns(UserWarning, match=rf"the table of choices for cpu names '{gone}' .* until you tune again"):
+        assert run_packed(8) == [FIRST]
+    timer[OTHER] = 1.0
+    with metal_marlin.tune() as session:
         run_packed(8)
+    assert [m.chosen for m in session.measured] == [OTHER]
+    assert run_packed(8) == [OTHER]
 
 
 def test_another_size_is_planned() -> None:
@@ -393,7 +396,12 @@ def test_times_are_of_kernels_on_a_gpu() -> None:
         time.sleep(1e-3)
         out.copy_(wanted)
 
-    assert 1 < tuning._times({"copy": slow}, out, wanted.cpu().double())["copy"] < 500
+    def twice(i: int) -> None:
+        slow(i)
+        out.copy_(wanted)
+
+    times = tuning._times({"copy": slow, "two": twice}, out, wanted.cpu().double())
+    assert 1 < times["copy"] < times["two"] < 500
     with pytest.raises(MetalMarlinError, match="copy: wrong result"):
         tuning._times({"copy": lambda i: None}, out, wanted.cpu().double())
 

@@ -7,7 +7,7 @@
 #include "core/nvidia/wgmma.h"
 
 // A simdgroup that does nothing else keeps a ring of stages filled by the tensor copy unit: x, codes and scales of kDepth
-// of k, a copy each. The others multiply; they wait for a stage to be full and say when they have read it, and meet only
+// of k, a copy each (of x several, where tiles can be halved). The others multiply; they wait for a stage to be full and say when they have read it, and meet only
 // to add up what those along k have. Schedule::kFew: by the simdgroup's instruction, sums of a scale's weights times that
 // scale; else by that of four simdgroups, with weights rounded to T after their scale. As half could not hold every
 // scale, a row's are divided by a power of two, which multiplies its sums. Where a simdgroup's sums are outputs,
@@ -61,6 +61,8 @@ template <typename W, typename T, typename Schedule, typename Epilogue> struct R
         kHandOver = Schedule::kThreads > kWorkers + kSimdWidth // of registers, from simdgroups that copy
     };
     static_assert(kStages >= 2 && kTurns >= 1 && kStrips >= 1, "RingGemm: tile");
+    static_assert(kWhole || !Tiles::kHalves, "RingGemm: only tiles that walk can be halved");
+    static_assert(!kExact || !W::kAffine, "RingGemm: scaled weights have no offsets");
     static_assert(kSpread == 1 || (Format::kBits == 4 && !W::kAffine), "RingGemm: sparse weights");
     static_assert(kFew || (kTurns % 2 == 0 && kRows == 64 * kAlongN), "RingGemm: tile of four simdgroups");
     static_assert(kWhole || kAlongK * kTokens * kSumStride * 4 <= kStages * kStage,
