@@ -26,7 +26,7 @@ TARGET=${TARGET:-cuda:sm_90a}
 ROWS=.device-cache
 WHEELS=.device-wheels
 LOGS=${OUT:-$(mktemp -d)}
-BENCHES=(dispatch gemv gemm batched dense gated dequantize norm epilogue fusion)
+BENCHES=(dispatch gemv gemm sparse batched dense gated dequantize norm epilogue fusion)
 SUMMARY=()
 FAILED=0
 
