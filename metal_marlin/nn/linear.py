@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from metal_marlin.errors import ArgumentError
-from metal_marlin.formats import CANONICAL, MMA16
+from metal_marlin.formats import CANONICAL, MMA16, operands
 from metal_marlin.nn.buffers import keep_dtypes, other_dtype
 from metal_marlin.ops.linear import linear
 from metal_marlin.ops.packed import linear_packed
@@ -91,7 +91,7 @@ class QuantLinear(nn.Module):
                 buffers["weight_powers"],  # type: ignore[arg-type]
                 self.group_size,
                 format=self.format,
-                zeros="point" if self.zeros == "packed" else self.zeros,
+                zeros=operands.kernel_zeros(self.zeros),
                 extra=buffers["weight_extra"],
             )
             bias = buffers["bias"]

@@ -12,7 +12,7 @@ import torch
 
 from metal_marlin.errors import ArgumentError
 from metal_marlin.files import whole_file
-from metal_marlin.formats import CANONICAL, codec
+from metal_marlin.formats import CANONICAL, codec, operands
 from metal_marlin.ops import dequantize as _kernels
 from metal_marlin.ops.weights import KEYS
 
@@ -65,7 +65,7 @@ class QuantizedTensor:
     @property
     def kernel_zeros(self) -> str:
         """What kernels find in ``extra``: layouts have a number for each packed zero."""
-        return "point" if self.zeros == "packed" and self.layout != CANONICAL else self.zeros
+        return self.zeros if self.layout == CANONICAL else operands.kernel_zeros(self.zeros)
 
     @property
     def device(self) -> torch.device:
